@@ -166,7 +166,12 @@ def test_jobs_are_submitted_found_again_and_tell_why(tmp_path, monkeypatch, smal
     lost = submitit.LocalJob(folder=tmp_path / "slurm", job_id="77")
     assert clusters._SlurmTask(lost, clusters._Queue()).ended() is None
     gone.append("77")
-    assert "Slurm job 77 ended without a result" in clusters._SlurmTask(lost, clusters._Queue()).ended()
+    assert "Slurm job 77 ended without a result: " in clusters._SlurmTask(lost, clusters._Queue()).ended()
+    lost.paths.stderr.write_text("srun: begins\nslurmstepd: error: Detected 1 oom_kill event\n")
+    assert (
+        "a result (slurmstepd: error: Detected 1 oom_kill event)"
+        in clusters._SlurmTask(lost, clusters._Queue()).ended()
+    )
     os.close(lock)
 
 
@@ -242,6 +247,21 @@ def test_slurm_s_refusal_is_told(tmp_path, monkeypatch):
     (tmp_path / "cells" / "k").mkdir(parents=True)
     with pytest.raises(Full, match=r"does not take a cell \(sbatch: error: QOSMaxSubmit.*`workers`"):
         OnSlurm(Slurm(), None).start(tmp_path / "cells" / "k", ["test"], 0)
+
+
+def test_slurm_warns_a_cell_near_its_time_limit_and_not_as_it_begins(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "k").mkdir()
+    queue = OnSlurm(Slurm(minutes=2, partition="p"), None)._queue(tmp_path / "k")
+    told = queue._executor._make_submission_file_text("command", "1")
+    # submitit's 90 seconds, and up to 60 that Slurm is early, would leave nothing of two minutes
+    assert "#SBATCH --signal=USR2@10\n" in told
+    assert "#SBATCH --time=2\n" in told
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        Slurm(minutes=1)
 
 
 def test_cells_run_on_what_the_cluster_gives_them_not_on_what_this_machine_has(tmp_path, monkeypatch):

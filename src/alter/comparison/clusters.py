@@ -26,6 +26,8 @@ from alter.storage import to_json, write_atomic
 
 UNBOUNDED = sys.maxsize
 """A cluster has its own queue: all cells are submitted at once."""
+WARNED = 10
+"""Seconds before its time limit in which a job says why it ends; Slurm sends the signal up to a minute earlier."""
 LAG = 60.0
 """Seconds until this machine surely sees a file of another: NFS believes for so long that there is none."""
 
@@ -161,7 +163,9 @@ class _SlurmTask(Task):
             # look again: it may have been written while the queue was asked
             if self.queue.holds(self.job.job_id, self.since) or result.is_file():
                 return None
-            return f"Slurm job {self.job.job_id} ended without a result: {self.job.paths.stderr}"
+            log = self.job.paths.stderr
+            lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+            return f"Slurm job {self.job.job_id} ended without a result{f' ({lines[-1]})' if lines else ''}: {log}"
         try:
             return str(self.job.result())
         except Exception as error:  # what the job raised, as submitit gives it
@@ -199,7 +203,11 @@ class OnSlurm(Executor):
         given = self._settings
         queue = self._submitit.AutoExecutor(folder=folder, cluster=self.CLUSTER)
         queue.update_parameters(
-            name="alter", timeout_min=given.minutes, cpus_per_task=given.cpus, gpus_per_node=given.gpus
+            name="alter",
+            timeout_min=given.minutes,
+            cpus_per_task=given.cpus,
+            gpus_per_node=given.gpus,
+            slurm_signal_delay_s=WARNED,
         )
         more = {"slurm_partition": given.partition, "mem_gb": given.memory_gb}
         queue.update_parameters(**{name: value for name, value in more.items() if value is not None})

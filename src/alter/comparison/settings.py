@@ -50,8 +50,8 @@ class Slurm(BaseModel):
 
     partition: str | None = None
     """Where jobs are queued; the cluster's default if not given."""
-    minutes: Steps = Field(240, ge=1)
-    """Time limit of a cell."""
+    minutes: Steps = Field(240, ge=2)
+    """Time limit of a cell; Slurm takes up to 70 seconds off it."""
     cpus: Count = Field(2, ge=1)
     """Cores that a cell takes."""
     gpus: Count = Field(0, ge=0)
