@@ -535,17 +535,19 @@ def test_the_search_goes_on_with_the_best_length():
     assert choice.next_rate(narrow, list(narrow), 1.0, 0.9) is None
 
 
-def test_a_refined_search_costs_every_method_the_same_and_takes_the_best_of_all(data, tmp_path, monkeypatch, capsys):
-    log = []
+def scored_by_rate(log, killed=()):
+    """Cells of which NPO forgets the more the faster, and GradDiff best at 1; those of settings in `killed` are killed."""
 
     def scored(out, jobs, *_):
         for job in jobs:
             cell = job.cell
             log.append((cell.name, cell.setting, cell.seed, job.parts))
+            if (cell.name, cell.setting) in killed:
+                yield cell, "killed by SIGKILL"
+                continue
             write_cell(out, cell, np.random.default_rng(0), parts=job.parts)
             for path in (out / "cells" / cell.key).glob("*-*.json"):
                 records = {record.metric: record for record in read_records(path)}
-                # NPO forgets the more the faster, GradDiff best at 1
                 rate = cell.setting[0] if cell.setting else 1.0
                 rouge = 1 / (1 + rate) if cell.name == "npo" else abs(math.log(rate)) / 10
                 records["forget_rouge"] = replace(records["forget_rouge"], value=rouge)
@@ -553,7 +555,12 @@ def test_a_refined_search_costs_every_method_the_same_and_takes_the_best_of_all(
                 write_records(path, list(records.values()))
             yield cell, ""
 
-    monkeypatch.setattr(cells, "run_cells", scored)
+    return scored
+
+
+def test_a_refined_search_costs_every_method_the_same_and_takes_the_best_of_all(data, tmp_path, monkeypatch, capsys):
+    log = []
+    monkeypatch.setattr(cells, "run_cells", scored_by_rate(log))
     wanted = settings(
         data, tmp_path, seeds=[0, 1], search_seeds=1, rates=[0.3, 1.0, 3.0], refine=2, retrained={"forget10": None}
     )
@@ -575,6 +582,34 @@ def test_a_refined_search_costs_every_method_the_same_and_takes_the_best_of_all(
     # without it the cells of the grid are found again
     compare.compare(wanted.model_copy(update={"refine": 0}))
     assert {(name, setting, parts) for name, setting, _, parts in log} == {("npo", (3.0, 1.0), ("test",))}
+
+
+def test_a_killed_cell_does_not_tell_the_search_where_to_go_on(data, tmp_path, monkeypatch, capsys):
+    log, killed = [], {("npo", (3.0, 1.0))}
+    monkeypatch.setattr(cells, "run_cells", scored_by_rate(log, killed))
+    line = [
+        "--model",
+        str(data / "model"),
+        "--data",
+        str(data),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--refine",
+        "2",
+    ]
+    line += ["--methods", "graddiff", "npo", "--seeds", "0", "--rates", "0.3", "1", "3", "--epochs", "1"]
+    assert cli.main(["compare", *line]) == 75
+    assert "1 cells did not finish" in capsys.readouterr().err
+    searched = [(name, setting[0]) for name, setting, _, parts in log if setting and "validation" in parts]
+    assert searched[6:] == [("graddiff", 1.73), ("graddiff", 1.32)]
+    # the same command ends as one without the kill
+    log.clear()
+    killed.clear()
+    assert cli.main(["compare", *line]) == 0
+    searched = [(name, setting[0]) for name, setting, _, parts in log if setting and "validation" in parts]
+    assert searched == [("npo", 3.0), ("npo", 9.0), ("npo", 27.0)]
 
 
 def test_the_table_is_that_of_a_loop_over_the_records(data, tmp_path, monkeypatch, capsys):

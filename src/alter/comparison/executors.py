@@ -18,6 +18,12 @@ from pathlib import Path
 from alter.comparison.forks import OWN_PATH, Fork, Forks
 from alter.core import UserError
 
+CAUSES = {
+    signal.SIGKILL: ", as happens where memory runs out",
+    signal.SIGUSR2: ", as Slurm does near the time limit (`slurm.minutes`)",
+}
+"""What sends these signals, as a rule."""
+
 
 def command_line(folder: Path, parts: Sequence[str]) -> list[str]:
     """Return the interpreter's arguments that run the cell in `folder`."""
@@ -59,8 +65,7 @@ def start_cell(
 def why(folder: str, code: int) -> str:
     """Explain an exit status with the log's last line; "" if the process succeeded."""
     if code < 0:
-        how = f"killed by {signal.Signals(-code).name}"
-        return f"{how}, as happens where memory runs out" if -code == signal.SIGKILL else how
+        return f"killed by {signal.Signals(-code).name}{CAUSES.get(-code, '')}"
     lines = (Path(folder) / "log.txt").read_text(errors="replace").strip().splitlines()
     return "" if code == 0 else lines[-1] if lines else f"exit status {code}"
 
