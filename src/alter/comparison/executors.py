@@ -18,7 +18,7 @@ from pathlib import Path
 from alter.comparison.forks import OWN_PATH, Fork, Forks
 from alter.core import UserError
 
-CAUSES = {
+CAUSES: dict[int, str] = {
     signal.SIGKILL: ", as happens where memory runs out",
     signal.SIGUSR2: ", as Slurm does near the time limit (`slurm.minutes`)",
 }
