@@ -264,6 +264,29 @@ def test_slurm_warns_a_cell_near_its_time_limit_and_not_as_it_begins(tmp_path, m
         Slurm(minutes=1)
 
 
+def test_a_session_of_ray_that_was_there_before_stays(monkeypatch):
+    calls = []
+    ray = SimpleNamespace(
+        is_initialized=lambda: bool(calls),
+        init=lambda **_: None,
+        shutdown=lambda: calls.append("shutdown"),
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}],
+        remote=lambda **_: lambda work: work,
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    OnRay(Ray(), None).close()
+    assert calls == ["shutdown"]
+    # as in a notebook whose cells use Ray themselves
+    OnRay(Ray(), None).close()
+    assert calls == ["shutdown"]
+
+
+def test_parts_of_several_gpus_are_refused():
+    with pytest.raises(ValueError, match=r"`ray.gpus` is 1.5.*whole number, or a part of one"):
+        Ray(gpus=1.5)
+    assert [Ray(gpus=n).gpus for n in (0, 0.25, 1, 2)] == [0, 0.25, 1, 2]
+
+
 def test_cells_run_on_what_the_cluster_gives_them_not_on_what_this_machine_has(tmp_path, monkeypatch):
     """A machine that jobs are submitted from seldom has a GPU."""
     monkeypatch.setattr(plan, "source_digest", lambda: "")

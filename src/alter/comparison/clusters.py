@@ -76,6 +76,8 @@ class OnRay(Executor):
             import ray
         except ImportError:
             raise UserError("executor ray needs Ray: pip install 'alter-unlearning[ray]'") from None
+        # a session of whoever calls the API is not ours to end
+        self._own = not ray.is_initialized()
         try:
             _check_listening(settings.address)
             ray.init(
@@ -86,15 +88,15 @@ class OnRay(Executor):
                 f"No Ray cluster answers at {settings.address!r} ({str(error).splitlines()[0]}): start one with "
                 "`ray start --head`, or give its address as `ray.address`."
             ) from None
+        self._ray, self._threads = ray, settings.cpus
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(m.get("CPU", 0) >= settings.cpus and m.get("GPU", 0) >= settings.gpus for m in machines):
             has = "; ".join(f"{m.get('CPU', 0):g} CPUs, {m.get('GPU', 0):g} GPUs" for m in machines)
-            ray.shutdown()
+            self.close()
             raise UserError(
                 f"No machine of the Ray cluster can take a cell of {settings.cpus} CPUs and {settings.gpus:g} GPUs "
                 f"(`ray.cpus`, `ray.gpus`); it has {has}."
             )
-        self._ray, self._threads = ray, settings.cpus
         self._attend = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=settings.retries)(
             run_to_end
         )
@@ -108,7 +110,8 @@ class OnRay(Executor):
 
     def close(self) -> None:
         """Leave the cluster."""
-        self._ray.shutdown()
+        if self._own:
+            self._ray.shutdown()
 
 
 # Slurm ---------------------------------------------------------------------------------------------------------------

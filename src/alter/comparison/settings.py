@@ -42,6 +42,12 @@ class Ray(BaseModel):
     retries: Count = Field(3, ge=0)
     """How often a cell is started again when its machine is lost."""
 
+    @model_validator(mode="after")
+    def _whole(self) -> Ray:
+        if self.gpus > 1 and not self.gpus.is_integer():
+            raise ValueError(f"`ray.gpus` is {self.gpus:g}; Ray gives a cell a whole number, or a part of one GPU")
+        return self
+
 
 class Slurm(BaseModel):
     """Cells as jobs of Slurm, whose machines share the comparison's folder."""
