@@ -18,7 +18,7 @@ from alter.comparison.clusters import OnRay, OnSlurm, executor_of
 from alter.comparison.executors import Executor, Full, Task, run_to_end
 from alter.comparison.settings import Compare, Ray, Slurm
 from alter.core import UserError, passing
-from alter.storage import running, take_lock
+from alter.storage import take_lock
 
 # does what a cell's process does: it ends when the other end of its standard input is gone
 SCRIPT = """
@@ -334,7 +334,7 @@ def test_a_lock_is_of_the_file_that_is_there(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     # as Lustre has it, if it was mounted without
-    monkeypatch.setattr(running.fcntl, "flock", none)
+    monkeypatch.setattr("fcntl.flock", none)
     os.close(hold(tmp_path, patience=5))
     assert "cannot be locked (Function not implemented)" in " ".join(capsys.readouterr().err.split())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -74,6 +73,9 @@ def take_lock(path: Path, patience: float) -> int:
     Raises:
         BlockingIOError: another process still has it locked then.
     """
+    # not on Windows, where all but comparisons may be used
+    import fcntl
+
     end = time.monotonic() + patience
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
