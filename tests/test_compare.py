@@ -1246,6 +1246,49 @@ def test_cells_go_on_where_memory_ends_what_they_are_forked_from(tmp_path, monke
     assert (found["key0"], found["key1"][:17], found["key2"]) == ("", "killed by SIGKILL", "")
 
 
+def test_a_process_that_the_system_refuses_is_asked_for_again(tmp_path, monkeypatch):
+    small(monkeypatch)
+    limit = tmp_path / "limit"
+    (tmp_path / "nofork.py").write_text(f"""
+import os, pathlib
+real, limit = os.fork, pathlib.Path({str(limit)!r})
+def fork():
+    if limit.exists():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return real()
+os.fork = fork
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(forks, "PRELOAD", ("nofork",))
+    monkeypatch.setattr(cells, "AGAIN", 0.2)
+    jobs, lock, local = plain_jobs(3), hold(tmp_path), Local(2, [])
+    (tmp_path / "cells" / "key0").mkdir(parents=True)
+    (tmp_path / "cells" / "key0" / "wait").touch()
+
+    def later():
+        wait_until(lambda: ran(tmp_path))
+        limit.touch()
+        time.sleep(1)
+        limit.unlink()
+        (tmp_path / "cells" / "key0" / "wait").unlink()
+
+    (tmp_path / "cells" / "key1").mkdir()
+    threading.Thread(target=later).start()
+    found = {c.key: why for c, why in run_cells(tmp_path, jobs, local, lock)}
+    assert found == {"key0": "", "key1": "", "key2": ""}
+    # without any cell at work nothing would make room
+    limit.touch()
+    with pytest.raises(UserError, match="Resource temporarily unavailable.*`workers`"):
+        list(run_cells(tmp_path / "more", plain_jobs(1), local, lock))
+    local.close()
+    os.close(lock)
+
+
+def test_a_cell_without_a_log_has_ended_all_the_same(tmp_path):
+    assert executors.why(str(tmp_path), 1) == "exit status 1"
+    assert executors.why(str(tmp_path), 0) == ""
+
+
 def test_an_interrupt_ends_the_cells_that_run(tmp_path, monkeypatch):
     small(monkeypatch)
     jobs, lock = plain_jobs(2), hold(tmp_path)

@@ -66,8 +66,11 @@ def why(folder: str, code: int) -> str:
     """Explain an exit status with the log's last line; "" if the process succeeded."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}{CAUSES.get(-code, '')}"
-    lines = (Path(folder) / "log.txt").read_text(errors="replace").strip().splitlines()
-    return "" if code == 0 else lines[-1] if lines else f"exit status {code}"
+    if code == 0:
+        return ""
+    log = Path(folder) / "log.txt"
+    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    return lines[-1] if lines else f"exit status {code}"
 
 
 def run_to_end(folder: str, arguments: Sequence[str], where: str, threads: int) -> str:
@@ -181,8 +184,11 @@ class Local(Executor):
     def start(self, folder: Path, parts: Sequence[str], lock: int) -> Task:
         """Start a process; the lock lasts until the last of them is gone, so that no cell is worked on twice at once."""
         slot = min(self._free)
+        try:
+            process = self._fork(folder, parts, lock) if self._forking else self._launch(folder, parts, slot, lock)
+        except OSError as error:
+            raise Full(f"No process for a cell ({error.strerror}): give fewer `workers`.") from error
         self._free.remove(slot)
-        process = self._fork(folder, parts, lock) if self._forking else self._launch(folder, parts, slot, lock)
         return _Process(process, str(folder), slot, self._free)
 
     @property
