@@ -1278,7 +1278,7 @@ os.fork = fork
     assert found == {"key0": "", "key1": "", "key2": ""}
     # without any cell at work nothing would make room
     limit.touch()
-    with pytest.raises(UserError, match="Resource temporarily unavailable.*`workers`"):
+    with pytest.raises(UserError, match=r"Resource temporarily unavailable.*`workers`"):
         list(run_cells(tmp_path / "more", plain_jobs(1), local, lock))
     local.close()
     os.close(lock)
