@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import statistics
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -39,7 +40,7 @@ from alter.comparison.executors import Local
 from alter.comparison.plan import run_of
 from alter.comparison.settings import Compare, Retrained
 from alter.comparison.table import TableRow, dominated, table_rows, undominated
-from alter.core.errors import UserError
+from alter.core import UserError, forked
 from alter.data.sources import read_rows
 from alter.data.tofu import tofu_rows
 from alter.evaluation.tofu import measuring, replies, sets
@@ -534,17 +535,19 @@ def test_the_search_goes_on_with_the_best_length():
     assert choice.next_rate(narrow, list(narrow), 1.0, 0.9) is None
 
 
-def test_a_refined_search_costs_every_method_the_same_and_takes_the_best_of_all(data, tmp_path, monkeypatch, capsys):
-    log = []
+def scored_by_rate(log, killed=()):
+    """Cells of which NPO forgets the more the faster, and GradDiff best at 1; those of settings in `killed` are killed."""
 
     def scored(out, jobs, *_):
         for job in jobs:
             cell = job.cell
             log.append((cell.name, cell.setting, cell.seed, job.parts))
+            if (cell.name, cell.setting) in killed:
+                yield cell, "killed by SIGKILL"
+                continue
             write_cell(out, cell, np.random.default_rng(0), parts=job.parts)
             for path in (out / "cells" / cell.key).glob("*-*.json"):
                 records = {record.metric: record for record in read_records(path)}
-                # NPO forgets the more the faster, GradDiff best at 1
                 rate = cell.setting[0] if cell.setting else 1.0
                 rouge = 1 / (1 + rate) if cell.name == "npo" else abs(math.log(rate)) / 10
                 records["forget_rouge"] = replace(records["forget_rouge"], value=rouge)
@@ -552,7 +555,12 @@ def test_a_refined_search_costs_every_method_the_same_and_takes_the_best_of_all(
                 write_records(path, list(records.values()))
             yield cell, ""
 
-    monkeypatch.setattr(cells, "run_cells", scored)
+    return scored
+
+
+def test_a_refined_search_costs_every_method_the_same_and_takes_the_best_of_all(data, tmp_path, monkeypatch, capsys):
+    log = []
+    monkeypatch.setattr(cells, "run_cells", scored_by_rate(log))
     wanted = settings(
         data, tmp_path, seeds=[0, 1], search_seeds=1, rates=[0.3, 1.0, 3.0], refine=2, retrained={"forget10": None}
     )
@@ -574,6 +582,34 @@ def test_a_refined_search_costs_every_method_the_same_and_takes_the_best_of_all(
     # without it the cells of the grid are found again
     compare.compare(wanted.model_copy(update={"refine": 0}))
     assert {(name, setting, parts) for name, setting, _, parts in log} == {("npo", (3.0, 1.0), ("test",))}
+
+
+def test_a_killed_cell_does_not_tell_the_search_where_to_go_on(data, tmp_path, monkeypatch, capsys):
+    log, killed = [], {("npo", (3.0, 1.0))}
+    monkeypatch.setattr(cells, "run_cells", scored_by_rate(log, killed))
+    line = [
+        "--model",
+        str(data / "model"),
+        "--data",
+        str(data),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--refine",
+        "2",
+    ]
+    line += ["--methods", "graddiff", "npo", "--seeds", "0", "--rates", "0.3", "1", "3", "--epochs", "1"]
+    assert cli.main(["compare", *line]) == 75
+    assert "1 cells did not finish" in capsys.readouterr().err
+    searched = [(name, setting[0]) for name, setting, _, parts in log if setting and "validation" in parts]
+    assert searched[6:] == [("graddiff", 1.73), ("graddiff", 1.32)]
+    # the same command ends as one without the kill
+    log.clear()
+    killed.clear()
+    assert cli.main(["compare", *line]) == 0
+    searched = [(name, setting[0]) for name, setting, _, parts in log if setting and "validation" in parts]
+    assert searched == [("npo", 3.0), ("npo", 9.0), ("npo", 27.0)]
 
 
 def test_the_table_is_that_of_a_loop_over_the_records(data, tmp_path, monkeypatch, capsys):
@@ -1167,7 +1203,12 @@ def test_finished_cells_never_run_again_and_killed_ones_do(tmp_path, monkeypatch
         if len(found) == 3:
             # key0, key2 and key3 went through the other slot while key1 waited
             os.kill(processes["key1"].process.pid, signal.SIGKILL)
-    assert found == {"key0": "", "key1": "killed by SIGKILL", "key2": "a bug", "key3": ""}
+    assert found == {
+        "key0": "",
+        "key1": "killed by SIGKILL, as happens where memory runs out",
+        "key2": "a bug",
+        "key3": "",
+    }
     assert sorted(ran(tmp_path)) == ["key0", "key1", "key2", "key3"]
     for name in ("key1/wait", "key2/fail"):
         (tmp_path / "cells" / name).unlink()
@@ -1179,6 +1220,73 @@ def test_finished_cells_never_run_again_and_killed_ones_do(tmp_path, monkeypatch
     assert list(run_cells(tmp_path, plain_jobs(1, PARTS), local, lock)) == []
     local.close()
     os.close(lock)
+
+
+def test_cells_go_on_where_memory_ends_what_they_are_forked_from(tmp_path, monkeypatch):
+    small(monkeypatch)
+    jobs, lock, local = plain_jobs(3), hold(tmp_path), Local(1, [])
+    (tmp_path / "cells" / "key1").mkdir(parents=True)
+    (tmp_path / "cells" / "key1" / "wait").touch()
+    started, found = [], {}
+    start = Local.start
+    monkeypatch.setattr(
+        Local, "start", lambda self, folder, *rest: started.append(folder.name) or start(self, folder, *rest)
+    )
+
+    def ends():
+        wait_until(lambda: "key1" in ran(tmp_path))
+        local._forks._server.kill()
+
+    threading.Thread(target=ends).start()
+    for cell, reason in run_cells(tmp_path, jobs, local, lock):
+        found[cell.key] = reason
+    local.close()
+    os.close(lock)
+    assert started == ["key0", "key1", "key2"]
+    assert (found["key0"], found["key1"][:17], found["key2"]) == ("", "killed by SIGKILL", "")
+
+
+def test_a_process_that_the_system_refuses_is_asked_for_again(tmp_path, monkeypatch):
+    small(monkeypatch)
+    limit = tmp_path / "limit"
+    (tmp_path / "nofork.py").write_text(f"""
+import os, pathlib
+real, limit = os.fork, pathlib.Path({str(limit)!r})
+def fork():
+    if limit.exists():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return real()
+os.fork = fork
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(forks, "PRELOAD", ("nofork",))
+    monkeypatch.setattr(cells, "AGAIN", 0.2)
+    jobs, lock, local = plain_jobs(3), hold(tmp_path), Local(2, [])
+    (tmp_path / "cells" / "key0").mkdir(parents=True)
+    (tmp_path / "cells" / "key0" / "wait").touch()
+
+    def later():
+        wait_until(lambda: ran(tmp_path))
+        limit.touch()
+        time.sleep(1)
+        limit.unlink()
+        (tmp_path / "cells" / "key0" / "wait").unlink()
+
+    (tmp_path / "cells" / "key1").mkdir()
+    threading.Thread(target=later).start()
+    found = {c.key: why for c, why in run_cells(tmp_path, jobs, local, lock)}
+    assert found == {"key0": "", "key1": "", "key2": ""}
+    # without any cell at work nothing would make room
+    limit.touch()
+    with pytest.raises(UserError, match=r"Resource temporarily unavailable.*`workers`"):
+        list(run_cells(tmp_path / "more", plain_jobs(1), local, lock))
+    local.close()
+    os.close(lock)
+
+
+def test_a_cell_without_a_log_has_ended_all_the_same(tmp_path):
+    assert executors.why(str(tmp_path), 1) == "exit status 1"
+    assert executors.why(str(tmp_path), 0) == ""
 
 
 def test_an_interrupt_ends_the_cells_that_run(tmp_path, monkeypatch):
@@ -1367,6 +1475,18 @@ def test_figures_that_are_no_numbers_are_a_failed_cell(data, tmp_path, monkeypat
     monkeypatch.setattr(cell_work, "tofu_metrics", broken)
     _, found = run_work(tmp_path, cell)
     assert (found["status"], found["reason"][:12]) == ("failed", "Truth ratios")
+
+
+def test_a_fork_that_memory_ends_is_no_result_of_its_cell(data, tmp_path, monkeypatch):
+    cell = plan.lay_out(settings(data, tmp_path), tmp_path).models["original", "forget10"]
+
+    def killed(*_, **__):
+        return list(forked.mapped([0, 1], lambda _: os.kill(os.getpid(), signal.SIGKILL), 2))
+
+    monkeypatch.setattr(cell_work, "tofu_metrics", killed)
+    with pytest.raises(UserError, match="ended by SIGKILL"):
+        run_work(tmp_path, cell)
+    assert finished(tmp_path, cell, PARTS) is None
 
 
 class Killed(BaseException):

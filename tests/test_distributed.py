@@ -623,6 +623,23 @@ def test_zero3_has_the_losses_of_one_process_and_saves_whole_weights(data, tmp_p
     compare_sharded(data, tmp_path, "zero3", {name: SHARDED[name]})
 
 
+def test_what_a_launch_asks_of_accelerate_changes_no_number(data, tmp_path, monkeypatch, capsys):
+    """As `accelerate launch` does after `accelerate config` was answered with them, for one process too."""
+    short = {"method": "npo", "max_steps": 2, "save_steps": 9}
+    expected = losses_of(settings(data, tmp_path / "plain", **short))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    assert losses_of(settings(data, tmp_path / "asked", **short)) == expected
+    told = capsys.readouterr().err
+    assert "mixed_precision bf16" in told
+    assert "dynamo_backend AOT_EAGER" in told
+    # said once, and not where both ask for the same
+    losses_of(settings(data, tmp_path / "again", **short))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    losses_of(settings(data, tmp_path / "same", **short, bf16=True))
+    assert "mixed_precision" not in capsys.readouterr().err
+
+
 def test_a_sharded_launch_refuses_what_it_cannot_do(data, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     for changes, named in (

@@ -1,18 +1,24 @@
 """Cells of `alter compare` on clusters: a Ray cluster of two nodes on this machine, one of which is lost; jobs of submitit."""
 
+import errno
 import json
 import os
+import shutil
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from alter.comparison import executors, plan
+from alter.comparison import cell as cell_work
+from alter.comparison import cells, clusters, plan
 from alter.comparison.cells import CellJob, finished, hold, run_cells
-from alter.comparison.executors import OnRay, OnSlurm, executor_of, run_to_end
+from alter.comparison.clusters import OnRay, OnSlurm, executor_of
+from alter.comparison.executors import Executor, Full, Task, run_to_end
 from alter.comparison.settings import Compare, Ray, Slurm
-from alter.core.errors import UserError
+from alter.core import UserError, passing
+from alter.storage import take_lock
 
 # does what a cell's process does: it ends when the other end of its standard input is gone
 SCRIPT = """
@@ -37,7 +43,11 @@ for part in sys.argv[2:]:
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(executors, "command_line", lambda folder, parts: ["-S", "-c", SCRIPT, str(folder), *parts])
+    monkeypatch.setattr(clusters, "command_line", lambda folder, parts: ["-S", "-c", SCRIPT, str(folder), *parts])
+    monkeypatch.setattr(clusters.OnSlurm, "lag", 0.0)
+    monkeypatch.setattr(clusters.OnRay, "lag", 0.0)
+    for executor in (clusters.OnSlurm, clusters.OnRay):
+        monkeypatch.setattr(executor, "pause", 0.02)
 
 
 def jobs_of(count):
@@ -133,7 +143,7 @@ def test_jobs_are_submitted_found_again_and_tell_why(tmp_path, monkeypatch, smal
     (tmp_path / "cells" / "key1").mkdir(parents=True)
     (tmp_path / "cells" / "key1" / "fail").touch()
     gone = []
-    monkeypatch.setattr(executors, "_is_queued", lambda job: job not in gone)
+    monkeypatch.setattr(clusters._Queue, "holds", lambda _, job, since=0: job not in gone)
     executor = OnSlurm(Slurm(cpus=3, minutes=2), workers=1)
     assert {cell.key: why for cell, why in run_cells(tmp_path, jobs, executor, lock)} == {"key0": "", "key1": "a bug"}
     assert [line[0] for line in ran(tmp_path)] == ["key0", "key1"]
@@ -154,10 +164,179 @@ def test_jobs_are_submitted_found_again_and_tell_why(tmp_path, monkeypatch, smal
     assert len(ran(tmp_path)) == 4
     # one that ended without a word
     lost = submitit.LocalJob(folder=tmp_path / "slurm", job_id="77")
-    assert executors._SlurmTask(lost).ended() is None
+    assert clusters._SlurmTask(lost, clusters._Queue()).ended() is None
     gone.append("77")
-    assert "Slurm job 77 ended without a result" in executors._SlurmTask(lost).ended()
+    assert "Slurm job 77 ended without a result: " in clusters._SlurmTask(lost, clusters._Queue()).ended()
+    lost.paths.stderr.write_text("srun: begins\nslurmstepd: error: Detected 1 oom_kill event\n")
+    assert (
+        "a result (slurmstepd: error: Detected 1 oom_kill event)"
+        in clusters._SlurmTask(lost, clusters._Queue()).ended()
+    )
     os.close(lock)
+
+
+def test_one_look_at_the_queue_serves_all_cells(monkeypatch):
+    asked, waiting = [], {"1", "2"}
+
+    def squeue(command, **_):
+        asked.append(command)
+        return SimpleNamespace(returncode=0 if waiting else 1, stdout="".join(f"{job}\n" for job in waiting))
+
+    monkeypatch.setattr(clusters.subprocess, "run", squeue)
+    queue = clusters._Queue()
+    assert [queue.holds(job) for job in ("1", "2", "3")] == [True, True, False]
+    # what was submitted after the answer cannot be in it
+    assert queue.holds("4", time.monotonic())
+    assert [command[3] for command in asked] == [str(os.getuid())]
+    # a colleague's job, of a folder that both work on
+    assert queue.holds_earlier("2", 77)
+    assert not queue.holds_earlier("5", 77)
+    assert [command[3] for command in asked[1:]] == [",".join(sorted((str(os.getuid()), "77"), key=int))]
+    # of a controller that does not answer nothing follows
+    waiting.clear()
+    queue._asked = -1e9
+    assert queue.holds("3")
+
+
+class Few(Executor):
+    """Takes two cells at a time, though it is not asked how many; their results are seen a little later."""
+
+    at_once, pause, lag, place = 9, 0.01, 5.0, "here"
+
+    def __init__(self, most):
+        self.most, self.running = most, []
+
+    def start(self, folder, parts, lock):
+        if len(self.running) == self.most:
+            raise Full("no more of your jobs")
+        self.running.append(folder)
+        threading.Timer(0.3, lambda: (folder / "cell.json").write_text('{"status": "failed", "reason": ""}')).start()
+        return FewTask(self, folder)
+
+    def close(self):
+        pass
+
+
+class FewTask(Task):
+    def __init__(self, few, folder):
+        self.few, self.folder = few, folder
+
+    def ended(self):
+        self.few.running.remove(self.folder)
+        return ""
+
+    def stop(self):
+        raise AssertionError("a cell was cancelled")
+
+
+def test_what_a_full_queue_does_not_take_waits_and_nothing_is_cancelled(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "AGAIN", 0.05)
+    assert {c.key: why for c, why in run_cells(tmp_path, jobs_of(5), Few(2), 0)} == {f"key{i}": "" for i in range(5)}
+    with pytest.raises(UserError, match="no more of your jobs"):
+        list(run_cells(tmp_path / "none", jobs_of(2), Few(0), 0))
+
+
+def test_slurm_s_refusal_is_told(tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit", reason="submitit is not installed")
+    monkeypatch.setattr(OnSlurm, "CLUSTER", "local")
+
+    def refuse(*_, **__):
+        raise submitit.core.utils.FailedJobError("sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: no")
+
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", refuse)
+    (tmp_path / "cells" / "k").mkdir(parents=True)
+    with pytest.raises(Full, match=r"does not take a cell \(sbatch: error: QOSMaxSubmit.*`workers`"):
+        OnSlurm(Slurm(), None).start(tmp_path / "cells" / "k", ["test"], 0)
+
+
+def test_slurm_warns_a_cell_near_its_time_limit_and_not_as_it_begins(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "k").mkdir()
+    queue = OnSlurm(Slurm(minutes=2, partition="p"), None)._queue(tmp_path / "k")
+    told = queue._executor._make_submission_file_text("command", "1")
+    # submitit's 90 seconds, and up to 60 that Slurm is early, would leave nothing of two minutes
+    assert "#SBATCH --signal=USR2@10\n" in told
+    assert "#SBATCH --time=2\n" in told
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        Slurm(minutes=1)
+
+
+def test_a_session_of_ray_that_was_there_before_stays(monkeypatch):
+    calls = []
+    ray = SimpleNamespace(
+        is_initialized=lambda: bool(calls),
+        init=lambda **_: None,
+        shutdown=lambda: calls.append("shutdown"),
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}],
+        remote=lambda **_: lambda work: work,
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    OnRay(Ray(), None).close()
+    assert calls == ["shutdown"]
+    # as in a notebook whose cells use Ray themselves
+    OnRay(Ray(), None).close()
+    assert calls == ["shutdown"]
+
+
+def test_parts_of_several_gpus_are_refused():
+    with pytest.raises(ValueError, match=r"`ray.gpus` is 1.5.*whole number, or a part of one"):
+        Ray(gpus=1.5)
+    assert [Ray(gpus=n).gpus for n in (0, 0.25, 1, 2)] == [0, 0.25, 1, 2]
+
+
+def test_cells_run_on_what_the_cluster_gives_them_not_on_what_this_machine_has(tmp_path, monkeypatch):
+    """A machine that jobs are submitted from seldom has a GPU."""
+    monkeypatch.setattr(plan, "source_digest", lambda: "")
+
+    def place(**changes):
+        given = settings(tmp_path, **changes)
+        return given.cells_on, plan._facts(given.model_copy(update={"device": given.cells_on}))["device"]
+
+    assert place(executor="slurm", slurm=Slurm(gpus=1), device="cuda") == ("cuda", "cuda")
+    assert place(executor="slurm", slurm=Slurm(gpus=1)) == ("cuda", "cuda")
+    assert place(executor="ray", ray=Ray(gpus=0.5)) == ("cuda", "cuda")
+    assert place(executor="ray") == place(executor="slurm") == ("cpu", "cpu")
+    assert place()[0] is None
+    # what one machine lacks is no result of the cell
+    with pytest.raises(UserError) as refused:
+        place(device="mps")
+    assert passing(refused.value)
+
+
+def test_a_cell_is_worked_on_by_one_process(tmp_path, monkeypatch, capsys):
+    """A job of Slurm goes on when the comparison that submitted it is gone, and another begins without Slurm."""
+    monkeypatch.setattr(cell_work, "die_with_parent", lambda: None)
+    monkeypatch.setattr(cell_work, "PATIENCE", 0.2)
+    worked = []
+    monkeypatch.setattr(cell_work, "work", lambda folder, parts: worked.append(parts))
+    other = take_lock(tmp_path / ".lock", 0)
+    assert cell_work.cell_process(str(tmp_path), "test") == 1
+    assert not worked
+    assert "another process works on this cell" in capsys.readouterr().err
+    os.close(other)
+    assert cell_work.cell_process(str(tmp_path), "test") == 0
+    assert worked == [["test"]]
+
+
+def test_a_lock_is_of_the_file_that_is_there(tmp_path, monkeypatch, capsys):
+    first = take_lock(tmp_path / "out" / ".lock", 0)
+    threading.Timer(0.3, lambda: (shutil.rmtree(tmp_path / "out"), os.close(first))).start()
+    # who waited has not locked what was deleted meanwhile
+    second = take_lock(tmp_path / "out" / ".lock", 20)
+    with pytest.raises(BlockingIOError):
+        take_lock(tmp_path / "out" / ".lock", 0)
+    os.close(second)
+
+    def none(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    # as Lustre has it, if it was mounted without
+    monkeypatch.setattr("fcntl.flock", none)
+    os.close(hold(tmp_path, patience=5))
+    assert "cannot be locked (Function not implemented)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_machine_that_does_not_share_the_folder_says_so(tmp_path):

@@ -486,7 +486,13 @@ def test_an_expert_loads_as_a_lora_without_alter(tmp_path, adapter):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"from_layer": 1}, {"retention_expert": False}, {"r": 1, "num_forget_experts": 3}]
+    "changes",
+    [
+        {"from_layer": 1},
+        {"retention_expert": False},
+        {"r": 1, "num_forget_experts": 3},
+        {"r": 20, "alpha_pattern": {}},
+    ],
 )
 def test_a_lora_says_what_the_routed_model_says_of_its_expert(tmp_path, changes):
     save_pico(tmp_path / "model")
@@ -507,6 +513,12 @@ def test_a_lora_says_what_the_routed_model_says_of_its_expert(tmp_path, changes)
     # refuses an adapter of which a weight has no place, or a place no weight
     plain, _ = load_model(str(tmp_path / "model"), str(out / "expert-2"), device="cpu", dtype="float32")
     torch.testing.assert_close(logits(plain.double()), expected, rtol=1e-5, atol=1e-5)
+    # vLLM reads these two numbers, and no patterns
+    told = json.loads((out / "expert-2" / "adapter_config.json").read_text())
+    scales = {module.scaling["default"] for module in plain.modules() if hasattr(module, "lora_A")}
+    assert scales == {told["lora_alpha"] / told["r"]}
+    # its default is 16
+    assert ("`--max-lora-rank 32`" in (out / "README.md").read_text()) == (told["r"] == 20)
 
 
 def test_an_experts_weights_are_their_naive_twin():

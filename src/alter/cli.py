@@ -48,6 +48,7 @@ STATUSES = {
     2: "a mistake in what was given",
     3: "done, and found NOT FORGOTTEN, COLLAPSED, come back or altered",
     70: "an error that is not yours, or of the system (a full disk); its trace is in a file",
+    75: "not all of it was done; the same command goes on",
     130: "interrupted",
 }
 """What the exit statuses mean."""

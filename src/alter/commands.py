@@ -159,7 +159,7 @@ COMMANDS = {
     "compare": Command(
         "alter.comparison.settings",
         "Compare",
-        "alter.comparison.run:compare",
+        "alter.comparison.run:command",
         "methods x seeds x forget splits x a small grid, with equal budget",
     ),
     "meta-evaluate": Command(

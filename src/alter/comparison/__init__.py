@@ -1,7 +1,7 @@
 """`alter compare`: methods side by side, each with an equal budget for its search.
 
-`settings` and `plan` lay out every cell (method, seed, split, setting) before the first one runs; `cells`, `executors`
-and `forks` run them, each by `cell` in a folder of its own, and `distilling` says which are distilled before they are
+`settings` and `plan` lay out every cell (method, seed, split, setting) before the first one runs; `cells`, `executors`,
+`clusters` and `forks` run them, each by `cell` in a folder of its own, and `distilling` says which are distilled before they are
 measured; `division` and `choice` choose settings on validation rows; `table`, `plot`, `words` and `export` show the
 result, and `survival` what of the model survives.
 """

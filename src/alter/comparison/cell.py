@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,11 @@ from alter.distillation import Distill, distill
 from alter.evaluation import tofu_metrics
 from alter.methods import adapter_of
 from alter.models import load_model
-from alter.storage import Record, stamped, to_json, write_atomic, write_records
+from alter.storage import Record, stamped, take_lock, to_json, write_atomic, write_records
 from alter.training import Unlearn, save_adapter, unlearn
+
+PATIENCE = 60.0
+"""Seconds that a cell waits for another process to leave its folder: one that lost its parent takes some to end."""
 
 
 def peak_memory() -> int:
@@ -267,11 +271,28 @@ def forget_weights(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Work in a cell's folder alone: a job of Slurm outlives the comparison that submitted it, a task its machine's connection.
+
+    Raises:
+        UserError: another process works there and goes on to.
+    """
+    try:
+        lock = take_lock(folder / ".lock", PATIENCE)
+    except BlockingIOError:
+        raise UserError("another process works on this cell already, of a comparison that has ended since") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 def cell_process(folder: str, parts: str) -> int:
     """Run a cell in a process of its own, whose output goes to `log.txt`; return 0, or 1 after an error that may be transient."""
     die_with_parent()
     try:
-        with forked.allowed():
+        with _alone(Path(folder)), forked.allowed():
             work(Path(folder), parts.split())
     except Exception:  # log any error; the comparison continues without this cell
         traceback.print_exc()

@@ -5,9 +5,7 @@ A cell that has finished or failed is never run again, one that was killed is.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,10 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alter.comparison.executors import Executor, Task
+from alter.comparison.executors import Executor, Full, Task
 from alter.comparison.plan import Cell
 from alter.core import UserError, progress, show
-from alter.storage import to_json, write_atomic
+from alter.storage import take_lock, to_json, write_atomic
+
+LOCK = ".lock"
+"""File in the comparison's folder, locked while one works there."""
+AGAIN = 60.0
+"""Seconds after which an executor that takes no further cell is asked again."""
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -55,29 +58,62 @@ def _start(out: Path, job: CellJob, executor: Executor, lock: int) -> Task:
     return executor.start(folder, job.parts, lock)
 
 
+@dataclass
+class _Running:
+    job: CellJob
+    task: Task
+    reason: str | None = None
+    """Once it has ended, "" or why."""
+    until: float = 0.0
+    """When a result that is not seen by then is none."""
+
+    def outcome(self, out: Path, lag: float) -> str | None:
+        """Return None while it runs or its result may still come into sight; then "", or why it has none."""
+        if self.reason is None:
+            self.reason = self.task.ended()
+            self.until = time.monotonic() + lag
+        if self.reason is None:
+            return None
+        if finished(out, self.job.cell, self.job.parts) is not None:
+            return ""
+        if time.monotonic() < self.until:
+            return None
+        return self.reason or "its process ended well, but its folder holds no result"
+
+
 def run_cells(out: Path, jobs: Sequence[CellJob], executor: Executor, lock: int) -> Iterator[tuple[Cell, str]]:
-    """Run those of the jobs that have not finished; yield each with "" or why it did not finish."""
+    """Run those of the jobs that have not finished; yield each with "" or why it did not finish.
+
+    Raises:
+        Full: the executor takes no cell at all.
+    """
     waiting = deque(job for job in jobs if finished(out, job.cell, job.parts) is None)
-    running: list[tuple[CellJob, Task]] = []
+    running: list[_Running] = []
+    full_until = 0.0
     try:
         while waiting or running:
-            while waiting and len(running) < executor.at_once:
-                job = waiting.popleft()
-                running.append((job, _start(out, job, executor, lock)))
+            while waiting and len(running) < executor.at_once and time.monotonic() >= full_until:
+                try:
+                    running.append(_Running(waiting[0], _start(out, waiting[0], executor, lock)))
+                    waiting.popleft()
+                except Full:
+                    # a limit of jobs, where some are at work: they make room
+                    if not running:
+                        raise
+                    full_until = time.monotonic() + AGAIN
             left = []
-            for job, task in running:
-                reason = task.ended()
+            for each in running:
+                reason = each.outcome(out, executor.lag)
                 if reason is None:
-                    left.append((job, task))
-                    continue
-                done = finished(out, job.cell, job.parts) is not None
-                yield job.cell, "" if done else reason or "its process ended well, but its folder holds no result"
+                    left.append(each)
+                else:
+                    yield each.job.cell, reason
             if len(left) == len(running):
-                time.sleep(0.05)
+                time.sleep(executor.pause)
             running = left
     finally:
-        for _, task in running:
-            task.stop()
+        for each in running:
+            each.task.stop()
 
 
 def run_shown(out: Path, jobs: Sequence[CellJob], executor: Executor, lock: int, label: str) -> dict[str, str]:
@@ -111,17 +147,7 @@ def hold(out: Path, patience: float = 20.0) -> int:
     Raises:
         UserError: another comparison, or a cell of one, still works there after `patience` seconds.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
-    end = time.time() + patience
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except OSError:
-            if time.time() > end:
-                os.close(lock)
-                raise UserError(
-                    f"Another `alter compare` works in {out}: wait for it, or give another `out`."
-                ) from None
-            time.sleep(0.1)
+    try:
+        return take_lock(out / LOCK, patience)
+    except BlockingIOError:
+        raise UserError(f"Another `alter compare` works in {out}: wait for it, or give another `out`.") from None

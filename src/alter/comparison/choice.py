@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from alter import metrics
-from alter.comparison.cells import is_measured
+from alter.comparison.cells import finished, is_measured
 from alter.comparison.checks import ORIGINAL, RETRAINED
 from alter.comparison.plan import Cell, Chain, Layout, Setting
 from alter.comparison.settings import Compare
@@ -259,7 +259,7 @@ def next_rate(
     If the best setting keeps the utility, it lacks forgetting; otherwise it lacks utility. Of its neighbouring rates, take the
     one with more of what is lacking. The next rate is the geometric mean of the two if that neighbour has more of it than the
     best, or if there are neighbours on both sides; else the best is at the end of the rates, and the next lies beyond it, by
-    the same factor as the last step. A neighbour that did not finish was too fast: it counts as forgetting all and keeping
+    the same factor as the last step. A neighbour that failed was too fast: it counts as forgetting all and keeping
     nothing. If no setting has finished, the next rate lies below all.
 
     Args:
@@ -287,14 +287,20 @@ def next_rate(
 
 
 def refined(settings: Compare, made: Layout, out: Path) -> list[Cell]:
-    """Plan one more setting for every row and chain into `made`; return its cells of the search seeds."""
+    """Plan one more setting for every row and chain into `made`; return its cells of the search seeds.
+
+    Where a cell was killed the search does not go on: what that one would say of its rate is not known.
+    """
     cells: list[Cell] = []
+    seeds = settings.seeds[: settings.search_seeds]
     for (name, chain), by in made.grid.items():
+        if any(finished(out, own[seed], ["validation"]) is None for own in by.values() for seed in seeds):
+            continue
         candidates, whole, _ = _candidates(settings, made, out, name, chain)
         setting = next_rate(candidates, list(by), whole, floor(settings))
         if setting is not None:
             by[setting] = made.lay(name, chain, setting)
-            cells += [by[setting][seed] for seed in settings.seeds[: settings.search_seeds]]
+            cells += [by[setting][seed] for seed in seeds]
     return cells
 
 

@@ -63,9 +63,15 @@ class Forks:
             arguments: `-c`, a program, and what it finds in `sys.argv[1:]`.
             where: the folder to work in.
             environment: set on top of this process's own; `OMP_NUM_THREADS` is heeded, though torch is imported already.
+
+        Raises:
+            OSError: the system has no room for a process more.
         """
         given = {"arguments": list(arguments), "log": str(log), "where": where, "environment": dict(environment)}
-        return Fork(self, self._ask(given)["pid"])
+        answer = self._ask(given)
+        if "refused" in answer:
+            raise OSError(answer["refused"], os.strerror(answer["refused"]))
+        return Fork(self, answer["pid"])
 
     def kill(self, pid: int) -> None:
         """Kill a process, unless it has ended."""
@@ -83,6 +89,11 @@ class Forks:
                 return self._codes.get(pid)
         # the processes end with their server
         return self._codes.get(pid, -signal.SIGKILL)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the server has ended, and with it all its processes."""
+        return self._server.poll() is not None
 
     def close(self) -> None:
         """End the server, and with it the processes that still run."""
@@ -133,7 +144,8 @@ class Fork:
 def serve_cells(preload: Sequence[str]) -> None:
     """Read one JSON order a line from standard input and answer on standard output, until the other end closes.
 
-    `{"arguments", "log", "where", "environment"}` forks a process and is answered with its `pid`; `{"kill": pid}` ends one.
+    `{"arguments", "log", "where", "environment"}` forks a process and is answered with its `pid`, or with what the system has
+    `refused` it for; `{"kill": pid}` ends one.
     `{"pid", "code"}` is sent unasked when a process ends.
     """
     # an interrupt is handled by the parent
@@ -170,7 +182,12 @@ def serve_cells(preload: Sequence[str]) -> None:
                 os.kill(order["kill"], signal.SIGKILL)
             say(killed=order["kill"])
             continue
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            # a limit of processes or memory: those at work go on
+            say(refused=error.errno)
+            continue
         if pid == 0:
             os.close(held)
             os.close(answers)

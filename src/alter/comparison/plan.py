@@ -170,6 +170,7 @@ def lay_out(settings: Compare, out: Path) -> Layout:
             does not answer; data that is missing; or two cells that are the same run.
     """
     check_settings(settings)
+    settings = settings.model_copy(update={"device": settings.cells_on})
     facts = _facts(settings)
     weights = _weights(settings)
     models: dict[tuple[str, str], Cell] = {}
@@ -200,13 +201,15 @@ def _facts(settings: Compare) -> dict[str, Any]:
     Raises:
         UserError: a device that is not there.
     """
-    ModelSettings(model=settings.model, device=settings.device).place()
     place = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    here = settings.executor == "local"
+    if here:
+        ModelSettings(model=settings.model, device=settings.device).place()
     return {
         "cell": CELL,
         "code": source_digest(),
         "versions": provenance()["versions"],
-        "device": torch.cuda.get_device_name() if place == "cuda" else place,
+        "device": torch.cuda.get_device_name() if here and place == "cuda" else place,
         "limit": settings.limit,
         **({"survival": settings.survival.model_dump(exclude={"bound"})} if settings.survival.rows else {}),
     }

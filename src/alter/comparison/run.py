@@ -15,23 +15,40 @@ from alter.comparison.cell import forget_weights
 from alter.comparison.cells import CellJob, finished, hold, run_shown
 from alter.comparison.checks import ORIGINAL, RETRAINED, check_settings
 from alter.comparison.choice import Choice, choices, chosen_cells, refined
+from alter.comparison.clusters import executor_of
 from alter.comparison.division import PARTS, evaluation_rows, forget_set, with_files
-from alter.comparison.executors import Executor, executor_of
+from alter.comparison.executors import Executor
 from alter.comparison.export import all_records, search_csv, table_csv
 from alter.comparison.plan import Chain, Layout, lay_out
 from alter.comparison.plot import pareto
 from alter.comparison.settings import Compare
 from alter.comparison.table import TableRow, table_rows
 from alter.comparison.words import Text, described, drawn, html_page, latex, markdown
-from alter.core import UserError, show, warn
+from alter.core import Unfinished, UserError, show, warn
 from alter.storage import to_json, undone_if_refused, write_atomic, write_records
 from alter.storage.provenance import provenance
 
 Chosen = Mapping[tuple[str, Chain], Choice]
 
 
+def command(settings: Compare) -> list[TableRow]:
+    """Run `alter compare`; see `compare`.
+
+    Raises:
+        Unfinished: the tables are written, and cells that were killed are missing in them.
+    """
+    rows, lost = _compared(settings)
+    if lost:
+        raise Unfinished(_said_of(lost))
+    return rows
+
+
+def _said_of(lost: Mapping[str, str]) -> str:
+    return f"{len(lost)} cells did not finish; the same command runs them again."
+
+
 def compare(settings: Compare) -> list[TableRow]:
-    """Run `alter compare`: all cells, the choice, the table; and write them to `settings.out`.
+    """Run a comparison: all cells, the choice, the table; and write them to `settings.out`.
 
     Files: `table.md`, `table.tex`, `table.csv`, `search.csv`, `report.html`, `pareto.png`, `records.json`, `compare.json` (settings, choices,
     provenance); `cells/KEY` and `rows/` hold what they are made of.
@@ -41,6 +58,14 @@ def compare(settings: Compare) -> list[TableRow]:
             with `run` off has not been. A cell that fails or is killed does not stop the others: it is named under the
             table.
     """
+    rows, lost = _compared(settings)
+    if lost:
+        warn(f"alter: {_said_of(lost)}")
+    return rows
+
+
+def _compared(settings: Compare) -> tuple[list[TableRow], dict[str, str]]:
+    """Return the table's rows, and why cells did not finish, by key."""
     out = Path(settings.out).expanduser()
     if out.exists() and not out.is_dir():
         raise UserError(f"`out` is {settings.out!r}, which is a file; give a folder.")
@@ -66,9 +91,7 @@ def compare(settings: Compare) -> list[TableRow]:
         markup=False,
         highlight=False,
     )
-    if lost:
-        warn(f"alter: {len(lost)} cells did not finish; the same command runs them again.")
-    return rows
+    return rows, lost
 
 
 def _run_all(

@@ -42,6 +42,12 @@ class Ray(BaseModel):
     retries: Count = Field(3, ge=0)
     """How often a cell is started again when its machine is lost."""
 
+    @model_validator(mode="after")
+    def _whole(self) -> Ray:
+        if self.gpus > 1 and not self.gpus.is_integer():
+            raise ValueError(f"`ray.gpus` is {self.gpus:g}; Ray gives a cell a whole number, or a part of one GPU")
+        return self
+
 
 class Slurm(BaseModel):
     """Cells as jobs of Slurm, whose machines share the comparison's folder."""
@@ -50,8 +56,8 @@ class Slurm(BaseModel):
 
     partition: str | None = None
     """Where jobs are queued; the cluster's default if not given."""
-    minutes: Steps = Field(240, ge=1)
-    """Time limit of a cell."""
+    minutes: Steps = Field(240, ge=2)
+    """Time limit of a cell; Slurm takes up to 70 seconds off it."""
     cpus: Count = Field(2, ge=1)
     """Cores that a cell takes."""
     gpus: Count = Field(0, ge=0)
@@ -168,3 +174,10 @@ class Compare(BaseModel):
     def forgotten(self) -> list[str]:
         """What is forgotten, as tables name it: splits of TOFU, or `rows`."""
         return list(self.splits) if self.forget is None else [OWN]
+
+    @property
+    def cells_on(self) -> str | None:
+        """What the cells run on: `device`, or on a cluster what they ask it for, since this machine may have no GPU; None: what there is."""
+        if self.device is not None or self.executor == "local":
+            return self.device
+        return "cuda" if (self.ray if self.executor == "ray" else self.slurm).gpus else "cpu"

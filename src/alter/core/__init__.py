@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from alter.core.console import wording as wording
     from alter.core.deferral import deferred as deferred
     from alter.core.errors import Finding as Finding
+    from alter.core.errors import Unfinished as Unfinished
     from alter.core.errors import UserError as UserError
     from alter.core.errors import nearest as nearest
     from alter.core.errors import passing as passing

@@ -26,6 +26,12 @@ class Finding(UserError):
     status = 3
 
 
+class Unfinished(UserError):
+    """Part of what was asked for was not done, through no mistake of the user; the same command goes on with it."""
+
+    status = 75
+
+
 def passing(error: BaseException) -> bool:
     """Tell whether an error comes from the system (a full disk, a file that cannot be read): it may be gone the next time."""
     each: BaseException | None = error

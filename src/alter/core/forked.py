@@ -170,7 +170,7 @@ class _Fork:
         raise UserError(
             f"A process that computed a share of the work {how} before it was done, as happens where memory runs out: free some, or "
             "set OMP_NUM_THREADS=1 in the environment, and one process does all of it."
-        )
+        ) from ChildProcessError(how)  # the system's doing, not a result (`passing`)
 
     def _code(self) -> int | None:
         """Wait for the end and return the exit status, negative for a signal's number; None where SIGCHLD is ignored."""

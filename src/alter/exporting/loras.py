@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM makes room for (`--max-lora-rank`), 16 by default."""
 
 
 def expert_weights(
@@ -40,6 +42,21 @@ def expert_weights(
             if retention:
                 own = own + expert_columns(value, 0, experts).float()
             found[name.replace(".alter_B.", ".lora_B.")] = own.to(value.dtype).contiguous()
+    return found
+
+
+def with_one_scale(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return an ALTER adapter's tensors with each layer's scale alpha / r in its B: vLLM knows one scale for all layers."""
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    found = dict(tensors)
+    for name, value in tensors.items():
+        if ".alter_B." in name:
+            layer = name.partition(".alter_B.")[0].removeprefix("base_model.model.")
+            r = ranks.get(get_pattern_key(ranks.keys(), layer), config["r"])
+            alpha = alphas.get(get_pattern_key(alphas.keys(), layer), config["alter_alpha"])
+            found[name] = (value.float() * (alpha / r)).to(value.dtype)
     return found
 
 
@@ -86,20 +103,24 @@ def write_experts(
         UserError: see `check_plain`; or `out` exists.
     """
     config = check_plain(adapter)
+    patterns = config.get("rank_pattern") or {}
+    own_scales = bool(patterns or config.get("alpha_pattern"))
     if out.exists():
         raise UserError(f"{out} exists; give another `out`.")
     experts = config["num_forget_experts"]
     from safetensors.torch import load_file, save
 
     tensors = load_file(str(adapter / WEIGHTS))
+    if own_scales:
+        tensors = with_one_scale(tensors, config)
     plain = {
         "peft_type": "LORA",
         "task_type": config["task_type"],
         "base_model_name_or_path": base,
         "r": config["r"],
-        "lora_alpha": config["alter_alpha"],
-        "rank_pattern": config.get("rank_pattern") or {},
-        "alpha_pattern": config.get("alpha_pattern") or {},
+        "lora_alpha": config["r"] if own_scales else config["alter_alpha"],
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
         "target_modules": config["target_modules"],
         "exclude_modules": config.get("exclude_modules"),
         "layers_to_transform": config.get("layers_to_transform"),
@@ -125,7 +146,7 @@ def write_experts(
             weights = save(own, metadata={"format": "pt"})
             write_atomic(partial / title / WEIGHTS, weights)
             write_atomic(partial / title / CONFIG, to_json(plain))
-        write_atomic(partial / "README.md", _card(base, titles))
+        write_atomic(partial / "README.md", _card(base, titles, max((config["r"], *patterns.values()))))
         partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -133,7 +154,9 @@ def write_experts(
     return [out / title for title in titles]
 
 
-def _card(base: str, titles: Sequence[str]) -> str:
+def _card(base: str, titles: Sequence[str], rank: int) -> str:
+    room = next((size for size in RANKS if size >= rank), rank)
+    more = f"\nTheir rank is {rank}: start vLLM with `--max-lora-rank {room}`.\n" if rank > 16 else ""
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -145,4 +168,4 @@ tags: [alter, unlearning]
 One folder for each forget expert: {", ".join(titles)}. PEFT and vLLM load each; alter is not needed. A LoRA acts on every token of
 a text, where the router of the whole adapter would choose the expert token by token: use one for texts about its request alone.
 Whoever has the base weights can leave it off.
-"""
+{more}"""

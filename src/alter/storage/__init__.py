@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from alter.storage.running import check_free as check_free
     from alter.storage.running import claim as claim
     from alter.storage.running import release as release
+    from alter.storage.running import take_lock as take_lock
     from alter.storage.running import undone_if_refused as undone_if_refused
     from alter.storage.tensors import keep as keep
     from alter.storage.tensors import kept as kept

@@ -1,4 +1,4 @@
-"""Claim a folder: a file in it names the process that works there, so that no other deletes its work."""
+"""Claim a folder: a file in it names the process that works there, or is locked by it, so that no other deletes its work."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from alter.core import UserError
+from alter.core import UserError, warn
 from alter.storage.files import write_atomic
 
 CLAIM_FILE = ".running"
@@ -58,6 +59,44 @@ def check_free(folder: Path) -> None:
         return
     if alive:
         raise UserError(f"Process {pid} is working in {folder}: wait until it is done, end it, or give another `out`.")
+
+
+def take_lock(path: Path, patience: float) -> int:
+    """Lock a file, which is made, for this process and those that inherit the descriptor; closing the descriptor unlocks it.
+
+    Machines that share the file system see each other's locks where it has any: where it has none, that is said.
+
+    Args:
+        path: the file.
+        patience: seconds to wait for another process to unlock it.
+
+    Raises:
+        BlockingIOError: another process still has it locked then.
+    """
+    # not on Windows, where all but comparisons may be used
+    import fcntl
+
+    end = time.monotonic() + patience
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+            continue
+        except OSError as error:
+            warn(
+                f"{path.parent} cannot be locked ({error.strerror}): see to it yourself that one process works there at a time."
+            )
+            return lock
+        # it may have been deleted by the one that had it
+        if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+            return lock
+        os.close(lock)
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from transformers import TrainingArguments
 
-from alter.core import processes
+from alter.core import processes, warn
 from alter.models import autocasts
 
 
@@ -32,6 +33,17 @@ class OneDevice(TrainingArguments):
         return min(1, int(super().n_gpu))
 
 
+def _heed_settings_alone(bf16: bool) -> None:
+    """Take back what `accelerate launch` asks for in the environment, also of one process, where settings say otherwise, with a note."""
+    for option, wanted in (("mixed_precision", "bf16" if bf16 else "no"), ("dynamo_backend", "no")):
+        name = f"ACCELERATE_{option.upper()}"
+        asked = os.environ.get(name, "no")
+        if asked.lower() not in ("no", wanted):
+            warn(f"The launch's {option} {asked} is not heeded: the settings of the run alone decide its numbers.")
+        if name in os.environ:
+            os.environ[name] = "no"
+
+
 def trainer_arguments(checkpoints: Path, device: torch.device, **more: Any) -> TrainingArguments:
     """Return the arguments that every Trainer gets: keep all columns, raise on NaN losses, report to no tracker by default.
 
@@ -40,6 +52,7 @@ def trainer_arguments(checkpoints: Path, device: torch.device, **more: Any) -> T
         device: that the model trains on; under a launcher each process has its own.
         more: further arguments of `TrainingArguments`.
     """
+    _heed_settings_alone(bool(more.get("bf16")))
     arguments = OneDevice(
         output_dir=str(checkpoints),
         remove_unused_columns=False,
