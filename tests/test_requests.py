@@ -186,6 +186,16 @@ def test_same_rows_are_taken_once_and_again_after_a_withdrawal(store):
     assert put(store, "Ada", "1", "2").id == 2
 
 
+def test_what_was_erased_is_not_taken_again_after_its_purge(store):
+    put(store, "Ada", "1")
+    for state in ("running", "trained", "forgotten", "distilled"):
+        store.move([1], state)
+    store.forget(1)
+    with pytest.raises(UserError, match=r"R-0001 \(purged, distilled\) has the same data already"):
+        put(store, "Ada again", "1")
+    assert put(store, "Bo", "2").id == 2
+
+
 def raw(store, statement):
     with store.engine.connect() as connection:
         connection.exec_driver_sql(statement)

@@ -29,7 +29,7 @@ class Base:
         at: when it was put in force.
         weights: digest of its files (`alter.storage.files.folder_digest`).
         utility: share of the utility of the project's first model, over all changes of base.
-        requests: names of those distilled into it; it also holds those of all bases before.
+        requests: names of those distilled into it, not of those that the bases before hold.
     """
 
     number: int
