@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from alter.core import UserError, as_input
-from alter.models.guards.form import Guard
+from alter.models.guards.form import Guard, places
 
 NEURONS = "neurons.safetensors"
 """File of a guard's folder with what was seen on forget and retain rows."""
@@ -105,7 +105,7 @@ class Adjusted(Guard):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         past = 0 if cache is None else cache.get_seq_length()
         whole = torch.ones(len(ids), past + ids.shape[1], device=ids.device) if mask is None else mask
-        self.place = (whole.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].long()
+        self.place = places(whole)[:, -ids.shape[1] :]
         try:
             return self.base(**inputs, **as_input(cache))
         finally:
@@ -170,7 +170,7 @@ def keys_of(model: Any, layer: str, ids: Tensor, mask: Tensor, asked: Tensor) ->
     seen: list[Tensor] = []
     handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        model(input_ids=ids, attention_mask=mask, position_ids=places(mask), use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
     last = (mask.bool() & (mask.cumsum(1) == asked[:, None])).long().argmax(1)
