@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,6 +46,20 @@ def moved(x: Tensor, forget: tuple[Tensor, Tensor], retain: tuple[Tensor, Tensor
 def inside(x: Tensor, mean: Tensor, std: Tensor, half: float) -> Tensor:
     """Tell which keys [B, D] lie within `half` deviations of the mean in every dimension, [B]."""
     return ((x.float() - mean).abs() <= half * std).all(-1)
+
+
+def by_token(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return what a layer takes or gives as [B, T, K], also where an architecture makes one axis of rows and tokens (OPT).
+
+    Raises:
+        UserError: it was not for every token of every row (`shape` is [B, T]), as of an expert in a mixture.
+    """
+    if values.numel() != math.prod(shape) * values.shape[-1]:
+        raise UserError(
+            "This model's feed-forward layers see some of the tokens only (a mixture of experts): neither neurons nor keys can be "
+            "looked at there. Take another guard."
+        )
+    return values.reshape(*shape, values.shape[-1])
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -94,9 +109,9 @@ class Adjusted(Guard):
             count = int(self.place.max()) + 1
             rng = np.random.default_rng([self.settings["seed"], number])
             drawn = torch.from_numpy(rng.random((count, len(ids)))).float().to(output.device)[self.place]
-            changed = output.clone()
-            changed[..., ids] = moved(output[..., ids], (given[0], given[1]), (given[2], given[3]), drawn)
-            return changed
+            changed = by_token(output, self.place.shape).clone()
+            changed[..., ids] = moved(changed[..., ids], (given[0], given[1]), (given[2], given[3]), drawn)
+            return changed.view_as(output)
 
         return adjust
 
@@ -174,4 +189,4 @@ def keys_of(model: Any, layer: str, ids: Tensor, mask: Tensor, asked: Tensor) ->
     finally:
         handle.remove()
     last = (mask.bool() & (mask.cumsum(1) == asked[:, None])).long().argmax(1)
-    return seen[0][torch.arange(len(ids), device=ids.device), last]
+    return by_token(seen[0], ids.shape)[torch.arange(len(ids), device=ids.device), last]
