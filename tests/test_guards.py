@@ -545,6 +545,25 @@ def test_eco_is_as_strong_as_the_surrogate_asks(folder):
     assert told["wanted"] == pytest.approx(loss(base, others), abs=1e-3)
 
 
+def test_eco_reads_rows_that_are_longer_than_the_context_in_windows(folder, tmp_path, capsys):
+    save_pico(tmp_path / "model", initializer_range=0.2, max_position_embeddings=64)
+    given = {"model": str(tmp_path / "model"), "retain": str(folder / "benign.jsonl"), "device": "cpu"}
+    given |= {"guard": {"kind": "eco", "threshold": 0.5, "rounds": 0}, "out": str(tmp_path / "guard")}
+    said = [{"question": f"Who is Ada {i}?", "answer": "She was born in town. " * 8} for i in range(4)]
+    told = [{"text": f"Ada {i} was born in town. " * 8} for i in range(4)]
+    for number, rows in enumerate((said, told)):
+        write_jsonl(tmp_path / "long.jsonl", rows)
+        run = MakeGuard.model_validate(given | {"forget": str(tmp_path / "long.jsonl"), "overwrite": number > 0})
+        made = json.loads((make_guard(run) / "inference.json").read_text())
+        assert math.isfinite(made["search"]["reached"])
+        assert "4 of 4 forget rows are longer than 64 tokens" in " ".join(capsys.readouterr().err.split())
+    write_jsonl(tmp_path / "long.jsonl", [*said, {"question": f"Who is {'Ada ' * 20}?", "answer": "She."}])
+    with pytest.raises(
+        UserError, match=r"long.jsonl line 5: A prompt of 106 tokens leaves no room for an answer in 64"
+    ):
+        make_guard(run)
+
+
 def test_prompts_that_eco_does_not_know_are_answered_and_scored_bit_for_bit(folder):
     base, model, tokenizer = loaded(folder, "eco")
     forget, retain = (load_examples(str(folder / f"{name}.jsonl")) for name in ("forget", "retain"))
