@@ -182,9 +182,7 @@ class Store:
         who = who or self.who
         with database_errors(self.url), self._write() as connection:
             standing = connection.execute(
-                sql.select(
-                    *(REQUESTS.c[name] for name in ("id", "subject", "row_hashes", "data_hash", "state"))
-                )
+                sql.select(*(REQUESTS.c[name] for name in ("id", "subject", "row_hashes", "data_hash", "state")))
                 .where(REQUESTS.c.state.not_in(["withdrawn", "revoked"]))
                 .order_by(REQUESTS.c.id)
             ).all()
