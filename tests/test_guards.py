@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from alter import cli
 from alter.attacks import run as attacks
@@ -21,10 +22,11 @@ from alter.guarding import eco
 from alter.guarding.run import make_guard, write_guard
 from alter.guarding.settings import MakeGuard
 from alter.inference import internals, scoring
-from alter.inference.generation import generate, sample
+from alter.inference.generation import generate, left_padded, sample
 from alter.methods import presets
 from alter.models import guards
-from alter.models.guards import agents
+from alter.models.guards import Detector, Likeness, agents, mean_states
+from alter.models.guards.neurons import keys_of
 from alter.models.loading import load_model
 from alter.serving.engine import Engine
 from alter.serving.jobs import Job
@@ -127,6 +129,64 @@ def test_a_guard_is_called_as_a_model_of_transformers(folder, kind):
             model.generate(**said, prompt_lookup_num_tokens=2)
     else:
         assert torch.equal(model.generate(**said, prompt_lookup_num_tokens=2), model.generate(**said))
+
+
+@pytest.mark.parametrize("kind", ["o3", "eco", "key_space"])
+def test_a_prompt_is_recognised_in_a_batch_as_alone_where_positions_are_learnt(tmp_path, kind):
+    torch.manual_seed(0)
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 300, "n_positions": 128}
+    base = GPT2LMHeadModel(GPT2Config(**size, initializer_range=0.3, bos_token_id=256, eos_token_id=256)).eval()
+    seen = []
+
+    def noted(given, *_):
+        seen.append(given)
+        return torch.zeros(len(given))
+
+    if kind == "o3":
+        tuned = get_peft_model(base, LoraConfig(target_modules=["c_attn"])).eval()
+        detector = Detector(Likeness.of(torch.randn(4, 1, 32)), noted)
+        model = guards.Detected(tuned, [detector], [2])
+    elif kind == "eco":
+        model = guards.Corrupted(base, lambda states, mask: noted(mean_states([states[1]], mask)), {"threshold": 0.5})
+    else:
+        given = {"layer": "transformer.h.1.mlp.c_proj", "half": 1.0}
+        model = guards.Abstaining(base, torch.zeros(128), torch.ones(128), given)
+    prompts = [[3, 4, 5, 6], list(range(10, 40))]
+
+    def keys(ids, mask):
+        if kind == "key_space":
+            return keys_of(base, model.settings["layer"], ids, mask, mask.sum(1))
+        model.decide(ids, mask)
+        return seen[-1]
+
+    together = keys(*left_padded(prompts, PAD, torch.device("cpu")))
+    alone = [keys(*left_padded([prompt], PAD, torch.device("cpu"))) for prompt in prompts]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "neurons", "key_space", "alu"])
+def test_a_guard_that_knows_the_prompt_by_its_cache_does_not_answer_without(folder, kind):
+    _, model, tokenizer = loaded(folder, kind)
+    prompt = torch.tensor([encode_prompt(tokenizer, Example("Where was Ada born, 1?", "", "qa"))])
+    said = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
+    if kind in ("o3", "eco", "key_space", "alu"):
+        with pytest.raises(UserError, match="`use_cache` is False, but this guard keeps in the cache"):
+            model.generate(**said, use_cache=False)
+    else:
+        assert torch.equal(model.generate(**said, use_cache=False), model.generate(**said))
+    with model.disable_adapter():
+        assert torch.equal(model.generate(**said, use_cache=False), model.generate(**said))
+
+
+def test_the_base_takes_tokens_back_in_a_cache_that_was_made_without_a_configuration(folder):
+    _, model, _ = loaded(folder, "eco")
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        first = model(input_ids=torch.tensor([[4, 5]]), past_key_values=cache).logits
+        cache.crop(-2)
+        assert cache.get_seq_length() == 3
+        torch.testing.assert_close(model(input_ids=torch.tensor([[4, 5]]), past_key_values=cache).logits, first)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -483,6 +543,25 @@ def test_eco_is_as_strong_as_the_surrogate_asks(folder):
         for k, i in enumerate(names)
     ]
     assert told["wanted"] == pytest.approx(loss(base, others), abs=1e-3)
+
+
+def test_eco_reads_rows_that_are_longer_than_the_context_in_windows(folder, tmp_path, capsys):
+    save_pico(tmp_path / "model", initializer_range=0.2, max_position_embeddings=64)
+    given = {"model": str(tmp_path / "model"), "retain": str(folder / "benign.jsonl"), "device": "cpu"}
+    given |= {"guard": {"kind": "eco", "threshold": 0.5, "rounds": 0}, "out": str(tmp_path / "guard")}
+    said = [{"question": f"Who is Ada {i}?", "answer": "She was born in town. " * 8} for i in range(4)]
+    told = [{"text": f"Ada {i} was born in town. " * 8} for i in range(4)]
+    for number, rows in enumerate((said, told)):
+        write_jsonl(tmp_path / "long.jsonl", rows)
+        run = MakeGuard.model_validate(given | {"forget": str(tmp_path / "long.jsonl"), "overwrite": number > 0})
+        made = json.loads((make_guard(run) / "inference.json").read_text())
+        assert math.isfinite(made["search"]["reached"])
+        assert "4 of 4 forget rows are longer than 64 tokens" in " ".join(capsys.readouterr().err.split())
+    write_jsonl(tmp_path / "long.jsonl", [*said, {"question": f"Who is {'Ada ' * 20}?", "answer": "She."}])
+    with pytest.raises(
+        UserError, match=r"long.jsonl line 5: A prompt of 106 tokens leaves no room for an answer in 64"
+    ):
+        make_guard(run)
 
 
 def test_prompts_that_eco_does_not_know_are_answered_and_scored_bit_for_bit(folder):

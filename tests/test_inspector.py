@@ -144,8 +144,11 @@ def test_analysis_is_that_of_a_loop_over_tokens(router):
         )
 
 
-def test_answers_are_those_of_generate():
+@pytest.mark.parametrize("cached", [True, False])
+def test_answers_are_those_of_generate(cached):
+    """Whatever the model was saved with: those trained with checkpointing often say that they use no cache."""
     model, tokenizer = adapted(), byte_tokenizer()
+    model.generation_config.use_cache = cached
     found = analyse(model, tokenizer, "Who?", max_new_tokens=20)
     prompt = [encoded(tokenizer, "Who?")]
     assert found.unlearned.text == generate(model, tokenizer, prompt, max_new_tokens=20, progress=False)[0]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
@@ -11,7 +12,7 @@ from alter.guarding.neurons import chosen_neurons, cube, layer_in, statistics
 from alter.guarding.run import make_guard
 from alter.guarding.settings import MakeGuard
 from alter.models.guards import load_form
-from alter.models.guards.neurons import inside, moved
+from alter.models.guards.neurons import by_token, inside, moved
 from alter.models.loading import load_model
 from pico import EOS, PAD, byte_tokenizer, pico, save_pico, write_people
 
@@ -67,6 +68,39 @@ def test_statistics_against_a_loop_and_the_neurons_that_differ_most():
     }
     with pytest.raises(UserError, match="no feed-forward layer of a known name"):
         layer_in(model, 0, ("nothing",))
+
+
+def test_a_layer_that_makes_one_axis_of_rows_and_tokens_is_looked_at_by_token():
+    values = torch.randn(2, 3, 5)
+    assert torch.equal(by_token(values, (2, 3)), values)
+    assert torch.equal(by_token(values.flatten(0, 1), (2, 3)), values)
+    with pytest.raises(UserError, match="a mixture of experts"):
+        by_token(values.flatten(0, 1)[:4], (2, 3))
+
+
+@pytest.mark.parametrize("kind", ["neurons", "key_space"])
+def test_a_model_that_makes_one_axis_of_rows_and_tokens_is_guarded(data, tmp_path, kind):
+    size = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
+    torch.manual_seed(0)
+    base = OPTForCausalLM(OPTConfig(**size, vocab_size=300, init_std=0.3, eos_token_id=EOS, pad_token_id=PAD)).eval()
+    base.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = {"forget": str(data / "forget.jsonl"), "retain": str(data / "retain.jsonl")}
+    given = {"model": str(tmp_path / "model"), "out": str(tmp_path / "guard"), "device": "cpu", **rows}
+    make_guard(MakeGuard.model_validate(given | {"guard": {"kind": kind, "share": 1.0}}))
+    model = load_form(base, str(tmp_path / "guard"))
+    ids = torch.randint(5, 200, (2, 7))
+    with torch.no_grad():
+        together, alone = model(input_ids=ids).logits, [model(input_ids=row[None]).logits for row in ids]
+        torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+        with model.disable_adapter():
+            assert not torch.equal(model(input_ids=ids).logits, together) or kind == "key_space"
 
 
 @pytest.fixture(scope="module")

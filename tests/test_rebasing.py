@@ -15,6 +15,7 @@ from alter.requests import checking, evidence, handout
 from alter.requests.bases import bases, present
 from alter.requests.certificate.command import Certificate, certificate
 from alter.requests.commands import Purge, Revoke, RunRequests, purge, revoke, run
+from alter.requests.display import print_bases
 from alter.requests.export import ExportRequests, export_requests
 from alter.requests.intake import Init, init
 from alter.requests.rebasing import DistillRequests, distill_requests
@@ -252,3 +253,16 @@ def test_a_base_that_another_process_changed_is_seen(tmp_path):
     remove_unreached(store, present(store))
     assert (tmp_path / "bases" / "0001").is_dir()
     assert present(store).kept == 0.99
+
+
+def test_each_base_is_listed_with_the_requests_that_were_distilled_into_it(tmp_path, capsys):
+    store = Store.create(f"sqlite:///{tmp_path}/requests.db", {"model": "m", "retain": "r", "folder": str(tmp_path)})
+    for number, base in ((1, 1), (2, 1), (3, 2)):
+        store.add(subject=f"Subject {number}", data="a", data_hash=str(number), row_hashes=[str(number)])
+        for state in ("running", "trained", "forgotten"):
+            store.move([number], state)
+        store.move([number], "distilled", details={"base": base, "weights": "x", "utility": 0.99})
+    print_bases(bases(store), present(store))
+    said = told(capsys)
+    assert "holds R-0001, R-0002; utility" in said
+    assert "holds R-0003 and what base 1 holds; utility" in said

@@ -186,6 +186,16 @@ def test_same_rows_are_taken_once_and_again_after_a_withdrawal(store):
     assert put(store, "Ada", "1", "2").id == 2
 
 
+def test_what_was_erased_is_not_taken_again_after_its_purge(store):
+    put(store, "Ada", "1")
+    for state in ("running", "trained", "forgotten", "distilled"):
+        store.move([1], state)
+    store.forget(1)
+    with pytest.raises(UserError, match=r"R-0001 \(purged, distilled\) has the same data already"):
+        put(store, "Ada again", "1")
+    assert put(store, "Bo", "2").id == 2
+
+
 def raw(store, statement):
     with store.engine.connect() as connection:
         connection.exec_driver_sql(statement)
@@ -508,7 +518,6 @@ def gates_of(data, folder):
 def test_revoke_gives_back_and_leaves_the_rest(three, data, tmp_path):
     store, copy = copied(three, tmp_path)
     url = store.url
-    moved(store, copy)
     before = weights(copy)
     routes = gates_of(data, copy)
     # so small a model tells questions of one form hardly apart: where rounding has R-0003 lean on the expert that is empty now,
@@ -560,7 +569,6 @@ def test_revoke_gives_back_and_leaves_the_rest(three, data, tmp_path):
 def test_verify_sees_what_came_back(three, tmp_path):
     store, copy = copied(three, tmp_path)
     url = store.url
-    moved(store, copy)
     # the experts are emptied, manifest and database do not say so; all of them, since in so small a model one helps out another
     adapter = (copy / "work" / "adapter").resolve()
     for expert in (1, 2, 3):
@@ -595,7 +603,6 @@ def test_export(three, data, tmp_path):
 
 def test_weights_are_final_measured_and_in_the_history(three, data, tmp_path, capsys):
     store, copy = copied(three, tmp_path)
-    moved(store, copy)
     given = dict(db=store.url, out=str(tmp_path / "weights"), form="weights")
     with pytest.raises(UserError, match=r"R-0001, R-0002, R-0003 cannot be given it back.*`final`"):
         export_requests(ExportRequests(**given))
@@ -681,15 +688,14 @@ def test_each_request_is_a_lora_by_its_name(three, data, tmp_path):
     config = json.loads((out / "R-0002" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"]) == ("LORA", 4)
     tensors = load_file(str(out / "R-0002" / "adapter_model.safetensors"))
-    whole = weights(Path(three[0].project()["folder"]).parent)
+    whole = weights(three[1])
     name = next(name for name in tensors if ".lora_B." in name)
     # experts alone: the retention expert is zero
     assert torch.equal(tensors[name], whole[name.replace(".lora_B.", ".alter_B.")][:, 8:12])
 
 
 def test_a_server_is_told_which_expert_is_whose_lora_and_that_a_revoked_one_is_the_base(three, tmp_path, capsys):
-    store, copy = copied(three, tmp_path)
-    moved(store, copy)
+    store, _ = copied(three, tmp_path)
     # in so small a model others may come back with it
     with contextlib.suppress(UserError):
         revoke(Revoke(db=store.url, id="2"))
@@ -1124,21 +1130,6 @@ def copied(three, tmp_path):
     return other, copy
 
 
-def moved(store, copy):
-    """Let the project lie at the copy's place, with a history that says so."""
-    project = {**store.project(), "folder": str(copy / "work")}
-    with store.engine.begin() as connection:
-        update = sql.text("UPDATE alter_meta SET value = :v WHERE key = 'project'")
-        connection.execute(update, {"v": json.dumps(project)})
-        first = sql.text("UPDATE alter_history SET details = :v WHERE number = 1")
-        connection.execute(first, {"v": json.dumps({"project": project}, sort_keys=True)})
-    rechain(store)
-    # the manifests' heads are of the chain before
-    for path in (copy / "work" / "adapters").glob("*/requests.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "head": store.head()}))
-    store.note(None, "test", {"adapter": folder_digest((copy / "work" / "adapter").resolve())})
-
-
 def rechain(store):
     """Compute all hashes of the history and of its records anew, as somebody would who can write to the database."""
     with store.engine.begin() as connection:
@@ -1225,7 +1216,6 @@ def test_changed_weights_and_configuration_are_noticed(three, tmp_path):
     for number, file in enumerate(("adapter_model.safetensors", "adapter_config.json", "requests.json")):
         (tmp_path / str(number)).mkdir()
         store, copy = copied(three, tmp_path / str(number))
-        moved(store, copy)
         adapter = (copy / "work" / "adapter").resolve()
         verify(Verify(db=store.url, chain_only=True, head=store.head()))
         content = bytearray((adapter / file).read_bytes())
@@ -1242,7 +1232,6 @@ def test_changed_weights_and_configuration_are_noticed(three, tmp_path):
 def test_nothing_is_built_on_an_adapter_that_was_changed_or_lost(three, tmp_path, change):
     """The next version's digest is noted in the history, and would make what was changed look sound."""
     store, copy = copied(three, tmp_path)
-    moved(store, copy)
     link = copy / "work" / "adapter"
     if change == "weights":
         content = bytearray((link / "adapter_model.safetensors").read_bytes())
@@ -1269,9 +1258,35 @@ def test_nothing_is_built_on_an_adapter_that_was_changed_or_lost(three, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_project_that_is_copied_or_moved_with_its_database_is_one_of_its_own(three, tmp_path):
+    original, folder, _ = three
+    store, copy = copied(three, tmp_path)
+    before = folder_digest(folder / "work")
+    verify(Verify(db=store.url))
+    revoke(Revoke(db=store.url, id="1"))
+    assert folder_digest(folder / "work") == before
+    assert original.get(1).state == "forgotten"
+    copy.rename(tmp_path / "there")
+    there = Store.open(f"sqlite:///{tmp_path}/there/requests.db")
+    assert verify(Verify(db=there.url)).keys() == {"R-0002", "R-0003", "utility"}
+    assert revoke(Revoke(db=there.url, id="2")).state == "revoked"
+    assert not copy.exists()
+
+
+def test_a_folder_that_was_moved_away_from_its_database_is_named(data, tmp_path):
+    store = start(data, tmp_path, db=f"sqlite:///{tmp_path}/own/requests.db")
+    ask(store, data, "Ada")
+    run(RunRequests(db=store.url))
+    (tmp_path / "work").rename(tmp_path / "elsewhere")
+    for command in (Verify(db=store.url), Verify(db=store.url, chain_only=True)):
+        with pytest.raises(UserError, match=r"The folder of the adapters, .*work, is gone.*move it back"):
+            verify(command)
+    (tmp_path / "work").symlink_to(tmp_path / "elsewhere")
+    verify(Verify(db=store.url, chain_only=True))
+
+
 def test_a_copy_beside_the_versions_is_no_version(three, tmp_path):
     store, copy = copied(three, tmp_path)
-    moved(store, copy)
     (copy / "work" / "adapters" / "0009 copy").mkdir()
     verify(Verify(db=store.url, chain_only=True))
     assert (copy / "work" / "adapters" / "0009 copy").is_dir()
@@ -1356,8 +1371,7 @@ def test_purge_says_when_a_reader_keeps_old_pages(tmp_path, monkeypatch):
 
 
 def test_after_a_purge_what_cannot_be_measured_says_why(three, tmp_path, capsys):
-    store, copy = copied(three, tmp_path)
-    moved(store, copy)
+    store, _ = copied(three, tmp_path)
     _, left = purge(Purge(db=store.url, id="1"))
     assert any("nor can what is in force be distilled" in line for line in left)
     with pytest.raises(UserError, match=r"R-0001 \(purged\) is forgotten"):

@@ -576,6 +576,27 @@ def test_a_tiny_temperature_is_the_likeliest_token(running):
     assert draw(scores, 1e-45, 1.0, torch.Generator().manual_seed(0)).tolist() == [1]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_rounding_draws_no_other_token(top_p):
+    """What is drawn from a flat distribution, as behind a corrupted prompt, does not depend on who else asked."""
+    torch.manual_seed(0)
+    for seed in range(200):
+        scores = torch.randn(16_000)
+        rounded = scores + (torch.rand(16_000) - 0.5) * 5e-6
+        one, other = (draw(x, 1.0, top_p, torch.Generator().manual_seed(seed)) for x in (scores, rounded))
+        assert one == other
+
+
+def test_sampling_keeps_the_likeliest_tokens_that_hold_top_p():
+    scores, generator = torch.tensor([0.1, 0.5, 0.15, 0.25]).log(), torch.Generator().manual_seed(0)
+    for top_p, kept in ((0.7, [1, 3]), (0.4, [1]), (1.0, [0, 1, 2, 3])):
+        drawn = torch.cat([draw(scores, 1.0, top_p, generator) for _ in range(2000)])
+        share = torch.bincount(drawn, minlength=4) / len(drawn)
+        expected = torch.zeros(4)
+        expected[kept] = scores.exp()[kept] / scores.exp()[kept].sum()
+        torch.testing.assert_close(share, expected, atol=0.04, rtol=0)
+
+
 def test_prompts_that_together_pass_the_context(idle):
     torch.manual_seed(0)
     config = GPT2Config(

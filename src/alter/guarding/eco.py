@@ -13,10 +13,10 @@ from torch import Tensor
 
 from alter.adapter import base_fingerprint
 from alter.core import Array, UserError, show, warn
-from alter.data import Collator, Encoded, Example, apart_from, encode, encode_all, encode_prompt
+from alter.data import Collator, Encoded, Example, apart_from, encode_all, encode_prompt
 from alter.data.background import background
 from alter.guarding.settings import Eco, MakeGuard
-from alter.inference import evaluating, score
+from alter.inference import context_length, evaluating, score
 from alter.models import CLASSIFIER, Corrupted, Form, ModelSettings, PromptClassifier, mean_states
 
 FOLDS = 5
@@ -129,10 +129,11 @@ def answer_loss(model: Any, rows: Sequence[Encoded], pad_token_id: int) -> float
     return float(np.mean([-values.mean() for values in found.logprob]))
 
 
-def swapped(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
-    """Give each row the answer of the next one, as a model that does not know might."""
+def swapped(tokenizer: Any, examples: Sequence[Example], limit: int | None) -> list[Encoded]:
+    """Give each row the answer of the next one, as a model that does not know might; in windows of at most `limit` tokens."""
     others = [*examples[1:], examples[0]]
-    return [encode(tokenizer, replace(own, answer=other.answer)) for own, other in zip(examples, others, strict=True)]
+    given = [replace(own, answer=other.answer) for own, other in zip(examples, others, strict=True)]
+    return encode_all(tokenizer, given, max_length=limit)[0]
 
 
 def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequence[Example]) -> Form:
@@ -154,6 +155,9 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
     ordinary = apart_from(background(), [f"{row.prompt or ''} {row.answer}" for row in forget])
     kept = [*retain, *(row for rows in ordinary.values() for row in rows)]
     rows, others = (prompts_of(tokenizer, part, limit) for part in (forget, kept))
+    if how.strength is None:
+        # before anything is fitted: a prompt may leave no room for its answer
+        encode_all(tokenizer, forget, max_length=limit, label="forget")
     depth = max(1, round(how.depth * model.config.num_hidden_layers))
     fitted = fit_classifier(
         *(prompt_states(model, part, depth, pad) for part in (rows, others)),
@@ -193,28 +197,30 @@ def search(
         `strength`, and the losses `wanted`, `reached` and `before`, without noise, in nats a token.
 
     Raises:
-        UserError: the classifier recognises no forget prompt, or `retrained` does not load.
+        UserError: the classifier recognises no forget prompt, a prompt leaves no room for its answer in the context, or `retrained`
+            does not load.
     """
-    pad = tokenizer.pad_token_id
+    pad, limit = tokenizer.pad_token_id, context_length(guarded)
     chosen = np.random.default_rng(run.seed).permutation(len(forget))[: how.rows]
     examples = [forget[i] for i in sorted(chosen)]
-    rows = [encode(tokenizer, row) for row in examples]
+    rows, owner = encode_all(tokenizer, examples, max_length=limit)
     seen = [_recognised(guarded, row, pad) for row in rows]
     if not any(seen):
         raise UserError(
             f"The classifier recognises none of {len(rows)} forget prompts above {guarded.settings['threshold']:.3g}: give more "
             "rows, or allow more `guard.false_alarms` or a lower `guard.threshold`."
         )
-    examples = [row for row, known in zip(examples, seen, strict=True) if known]
+    examples = [examples[n] for n in dict.fromkeys(n for n, known in zip(owner, seen, strict=True) if known)]
     rows = [row for row, known in zip(rows, seen, strict=True) if known]
     with guarded.disable_adapter():
         before = answer_loss(guarded, rows, pad)
         if how.retrained is None:
-            wanted = answer_loss(guarded, swapped(tokenizer, examples), pad)
+            wanted = answer_loss(guarded, swapped(tokenizer, examples, limit), pad)
         else:
             own = ModelSettings(model=run.model, dtype=run.dtype, device=run.device)
             other, words = own.alike(how.retrained).load()
-            wanted = answer_loss(other, [encode(words, row) for row in examples], words.pad_token_id)
+            same, _ = encode_all(words, examples, max_length=context_length(other))
+            wanted = answer_loss(other, same, words.pad_token_id)
             del other
     losses: dict[float, float] = {}
 

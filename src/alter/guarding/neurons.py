@@ -15,7 +15,7 @@ from alter.data.background import background
 from alter.guarding.settings import KeySpace, MakeGuard, NeuronAdjust
 from alter.inference import evaluating
 from alter.methods import block_at, blocks
-from alter.models import NEURONS, Abstaining, Adjusted, Form, ModelSettings, keys_of
+from alter.models import NEURONS, Abstaining, Adjusted, Form, ModelSettings, by_token, keys_of
 
 FIRST_MATRIX = ("gate_proj", "w1", "fc1", "c_fc", "fc_in", "dense_h_to_4h", "up_proj")
 SECOND = ("down_proj", "w2", "fc2", "c_proj", "fc_out", "dense_4h_to_h")
@@ -51,7 +51,7 @@ def statistics(
 
     def hook(name: str) -> Any:
         def add(_: nn.Module, __: Any, output: Tensor) -> None:
-            states = output[real[-1]].double()
+            states = by_token(output, real[-1].shape)[real[-1]].double()
             sums[name] = sums.get(name, 0) + states.sum(0)
             squares[name] = squares.get(name, 0) + states.square().sum(0)
 

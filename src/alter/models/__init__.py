@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from alter.models.guards.neurons import NEURONS as NEURONS
     from alter.models.guards.neurons import Abstaining as Abstaining
     from alter.models.guards.neurons import Adjusted as Adjusted
+    from alter.models.guards.neurons import by_token as by_token
     from alter.models.guards.neurons import keys_of as keys_of
     from alter.models.loading import ModelSettings as ModelSettings
     from alter.models.loading import load_classifier as load_classifier

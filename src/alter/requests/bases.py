@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alter.core import UserError
+from alter.requests.connection import folder_of
 from alter.requests.project import Project
 from alter.storage import folder_digest
 
@@ -29,7 +30,7 @@ class Base:
         at: when it was put in force.
         weights: digest of its files (`alter.storage.files.folder_digest`).
         utility: share of the utility of the project's first model, over all changes of base.
-        requests: names of those distilled into it; it also holds those of all bases before.
+        requests: names of those distilled into it, not of those that the bases before hold.
     """
 
     number: int
@@ -57,6 +58,8 @@ def bases(store: Store) -> list[Base]:
 def present(store: Store) -> Project:
     """Return the project with model and folder of the base in force."""
     project = Project.model_validate(store.project())
+    if (beside := folder_of(store.url)) is not None:
+        project = project.model_copy(update={"folder": str(beside / project.folder)})
     found = bases(store)
     if not found:
         return project

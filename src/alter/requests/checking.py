@@ -61,7 +61,13 @@ def refuse_changed(store: Store, project: Project) -> None:
     changed = base_changed(store, project)
     if changed is not None:
         raise UserError(f"{changed} Nothing was done. Put them back from a copy.")
-    if adapter_digest(project) != noted_adapter(store):
+    noted = noted_adapter(store)
+    if noted is not None and not project.home.is_dir():
+        raise UserError(
+            f"The folder of the adapters, {project.home}, is gone. Nothing was done. If it was moved, move it back, or leave a link to it "
+            "there (`ln -s`)."
+        )
+    if adapter_digest(project) != noted:
         raise UserError(
             f"The adapter in force, {project.adapter}, is not the one that the history names: its weights or files were changed "
             "or removed. Nothing was done. Put it back from a copy, or make a new project with `alter request init` and add "

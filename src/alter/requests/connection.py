@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ def without_password(url: str) -> str:
         return re.sub(r"//.*@", "//***@", url)
     secret = [name for name in parsed.query if re.search(r"pass|secret|token|key", name, re.IGNORECASE)]
     return parsed.update_query_dict(dict.fromkeys(secret, "***")).render_as_string(hide_password=True)
+
+
+def folder_of(url: str) -> Path | None:
+    """Return the folder of a SQLite database's file; None for a database of a server, and of what is no URL."""
+    with suppress(sql.exc.ArgumentError):
+        parsed = sql.make_url(url)
+        if parsed.get_backend_name() == "sqlite" and parsed.database:
+            return Path(parsed.database).resolve().parent
+    return None
 
 
 @contextmanager

@@ -111,13 +111,11 @@ def print_bases(found: Sequence[Base], project: Project) -> None:
     if not found:
         return
     console = Console()
-    before = 0
     for base in found:
-        new, before = base.requests[before:], len(base.requests)
         earlier = f" and what base {base.number - 1} holds" if base.number > 1 else ""
         console.print(
             cell(
-                f"Base {base.number} ({base.at[:10]}, {base.weights[:12]}) holds {', '.join(new)}{earlier}; utility "
+                f"Base {base.number} ({base.at[:10]}, {base.weights[:12]}) holds {', '.join(base.requests)}{earlier}; utility "
                 f"{base.utility:.3f} of the first model's"
                 + (f". In force: {project.model}" if base is found[-1] else ".")
             )

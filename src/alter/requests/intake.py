@@ -52,7 +52,7 @@ def init(settings: Init) -> Store:
     """
     from alter.models import check_model_name
     from alter.requests import rows
-    from alter.requests.connection import without_password
+    from alter.requests.connection import folder_of, without_password
     from alter.requests.store import Store
 
     for name in filter(None, (settings.model, settings.retrained)):
@@ -70,10 +70,11 @@ def init(settings: Init) -> Store:
             f"{root} holds the adapters of requests already: use them as they are (`alter request list`), or give another `folder` "
             "and `db`."
         )
+    home, beside = root.resolve(), folder_of(settings.db)
     project = Project(
         model=from_anywhere(settings.model),
         retain=from_anywhere(settings.retain),
-        folder=str(root.resolve()),
+        folder=str(home.relative_to(beside) if beside and home.is_relative_to(beside) else home),
         holdout=settings.holdout and from_anywhere(settings.holdout),
         retrained=settings.retrained and from_anywhere(settings.retrained),
         recipe=recipe,

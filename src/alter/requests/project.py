@@ -9,7 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Project(BaseModel):
-    """What all requests of one database share; `base` and `kept` are of the base in force (`alter.requests.bases`)."""
+    """What all requests of one database share; `base` and `kept` are of the base in force (`alter.requests.bases`).
+
+    A `folder` at or under that of a SQLite database is stored relative to it, so that both can be moved or copied together: a copy
+    has adapters of its own.
+    """
 
     model_config = ConfigDict(extra="forbid")
 

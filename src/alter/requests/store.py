@@ -182,15 +182,17 @@ class Store:
         who = who or self.who
         with database_errors(self.url), self._write() as connection:
             standing = connection.execute(
-                sql.select(REQUESTS.c.id, REQUESTS.c.subject, REQUESTS.c.row_hashes, REQUESTS.c.state)
+                sql.select(*(REQUESTS.c[name] for name in ("id", "subject", "row_hashes", "data_hash", "state")))
                 .where(REQUESTS.c.state.not_in(["withdrawn", "revoked"]))
                 .order_by(REQUESTS.c.id)
             ).all()
-            for number, other, hashes, state in standing:
-                shared = len(set(hashes) & set(row_hashes))
+            for number, other, hashes, whole, state in standing:
+                # of a purged request the hash of all its rows is left
+                shared = len(set(row_hashes)) if whole == data_hash else len(set(hashes) & set(row_hashes))
                 if shared:
                     share = "the same data" if shared == len(set(row_hashes)) else f"{shared} of these rows"
-                    raise UserError(f"R-{number:04d} ({other}, {state}) has {share} already; nothing was added.")
+                    whom = other or "purged"
+                    raise UserError(f"R-{number:04d} ({whom}, {state}) has {share} already; nothing was added.")
             received = now()
             values = {
                 "subject": subject,

@@ -204,6 +204,8 @@ def _reply(
         streamer=_Typed(lambda done: tell(tokenizer.decode(done, skip_special_tokens=True).strip())),
         pad_token_id=tokenizer.pad_token_id,
         **({"eos_token_id": sorted(stop)} if stop else {}),
+        # the cache is given, whatever the model's own settings say
+        use_cache=True,
         **{"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None},
     )
     return sequence[0, len(prompt) :].tolist(), watch.gates

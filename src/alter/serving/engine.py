@@ -46,10 +46,13 @@ def draw(scores: Tensor, temperature: float, top_p: float, generator: torch.Gene
     wide = scores.double().cpu()
     # from the largest, so that no temperature is too small: what overflows has probability 0
     p = torch.softmax((wide - wide.max()) / temperature, dim=-1)
-    ordered, index = p.sort(descending=True)
-    # the likeliest token always stays
-    ordered[1:][ordered.cumsum(0)[:-1] >= top_p] = 0.0
-    return index[torch.multinomial(ordered, 1, generator=generator)]
+    if top_p < 1:
+        ordered, index = p.sort(descending=True)
+        # the likeliest token always stays
+        ordered[1:][ordered.cumsum(0)[:-1] >= top_p] = 0.0
+        p = torch.zeros_like(p).scatter(0, index, ordered)
+    # in the vocabulary's order: where neighbours in rank change places by rounding, each keeps its own random number
+    return torch.multinomial(p, 1, generator=generator)
 
 
 class _Rows(LogitsProcessor):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from alter.core import UserError, as_input
-from alter.models.guards.form import Guard
+from alter.models.guards.form import Guard, places
 from alter.models.guards.likeness import mean_states
 
 CLASSIFIER = "classifier.safetensors"
@@ -89,7 +89,8 @@ class Corrupted(Guard):
         lengths = mask.sum(1)
         asked = lengths if prompts is None else torch.tensor(list(prompts), device=ids.device).minimum(lengths)
         with torch.no_grad():
-            given = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "logits_to_keep": 1}
+            given = {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
+            given |= {"use_cache": False, "logits_to_keep": 1}
             states = self.base(**given, output_hidden_states=True).hidden_states
             inside = mask.bool() & (mask.cumsum(1) <= asked[:, None])
             flagged = self.classifier(states, inside.long()) > self.settings["threshold"]
@@ -110,9 +111,9 @@ class Corrupted(Guard):
         """Return the noise [B, T, dims]: at each row's first `decision` tokens, else 0."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         mask = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
-        place = mask.cumsum(1) - 1
+        place = places(mask)
         drawn = np.random.default_rng(self.settings["seed"]).standard_normal((ids.shape[1], self.settings["dims"]))
-        noise = torch.from_numpy(drawn).float().to(ids.device)[place.clamp(min=0)]
+        noise = torch.from_numpy(drawn).float().to(ids.device)[place]
         corrupted = mask.bool() & (place < decision[:, None])
         strength: float = self.settings["strength"]
         return strength * noise * corrupted[..., None]

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from alter.core import UserError, as_input, progress
 from alter.data import Collator, Encoded
 from alter.models.attach import attach
-from alter.models.guards.form import FORM_FILE, Form, Guard, check_base, is_form, lora_folder
+from alter.models.guards.form import FORM_FILE, Form, Guard, check_base, is_form, lora_folder, places
 from alter.models.guards.likeness import Calibration, Detector, Likeness, mean_states
 from alter.storage import read_object
 
@@ -137,7 +137,8 @@ class Detected(Guard):
         did when fitted.
         """
         mask = torch.ones_like(ids) if mask is None else mask
-        given, none = {"input_ids": ids, "attention_mask": mask}, torch.zeros(len(ids), device=ids.device)
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
+        none = torch.zeros(len(ids), device=ids.device)
         with torch.no_grad():
             seen = self._base(given, none, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
             means = mean_states([seen[depth] for depth in self.depths], mask)

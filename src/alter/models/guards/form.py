@@ -166,6 +166,19 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
             loss = self.base.loss_function(logits=out.logits, labels=labels, vocab_size=out.logits.shape[-1])
         return CausalLMOutputWithPast(loss=loss, logits=out.logits, hidden_states=out.hidden_states, **as_input(cache))
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """Prepare the inputs of a step of `generate`, as transformers' models do.
+
+        Raises:
+            UserError: the guard keeps in the cache what it knows of the prompt, and `use_cache` is False: at every token it would
+                take prompt and answer so far for the prompt, or not act at all.
+        """
+        if self.enabled and (self.decides or self.answers_alone) and kwargs.get("use_cache") is False:
+            raise UserError(
+                "`use_cache` is False, but this guard keeps in the cache what it knows of the prompt: leave `use_cache` out."
+            )
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
     def _decision(self, inputs: dict[str, Any], cache: DynamicCache | None) -> Tensor:
         """Return the decision that the first call stored in this cache, behind the base's keys and values; else make it."""
         kept = None if cache is None else layers_behind(cache, self.config.num_hidden_layers, 1, OfPrompt)[0]
@@ -182,6 +195,15 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
         return decision
 
 
+def places(mask: Tensor) -> Tensor:
+    """Return each token's place in its row [B, T], counted from the first that the mask [B, T] does not hide.
+
+    A guard that asks the base by itself gives them as positions: of a row that is padded on the left, a model with learnt positions
+    would read another prompt otherwise.
+    """
+    return (mask.cumsum(1) - 1).clamp(min=0).long()
+
+
 class OfPrompt(DynamicLayer):
     """A cache layer of what is known of the prompt, which stays when tokens after it are taken back."""
 
@@ -192,7 +214,8 @@ class OfPrompt(DynamicLayer):
 def layers_behind(cache: DynamicCache, blocks: int, count: int, kind: type[DynamicLayer] = DynamicLayer) -> list[Any]:
     """Return the `count` layers of a cache behind the base's; operations on the cache's rows act on them too."""
     while len(cache.layers) < blocks + count:
-        cache.layers.append(kind())
+        # a cache that was made without a configuration has no layers yet: the first ones are the base's
+        cache.layers.append(DynamicLayer() if len(cache.layers) < blocks else kind())
     layers: list[Any] = cache.layers
     return layers[blocks:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from alter.core import UserError, as_input
-from alter.models.guards.form import Guard
+from alter.models.guards.form import Guard, places
 
 NEURONS = "neurons.safetensors"
 """File of a guard's folder with what was seen on forget and retain rows."""
@@ -45,6 +46,20 @@ def moved(x: Tensor, forget: tuple[Tensor, Tensor], retain: tuple[Tensor, Tensor
 def inside(x: Tensor, mean: Tensor, std: Tensor, half: float) -> Tensor:
     """Tell which keys [B, D] lie within `half` deviations of the mean in every dimension, [B]."""
     return ((x.float() - mean).abs() <= half * std).all(-1)
+
+
+def by_token(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return what a layer takes or gives as [B, T, K], also where an architecture makes one axis of rows and tokens (OPT).
+
+    Raises:
+        UserError: it was not for every token of every row (`shape` is [B, T]), as of an expert in a mixture.
+    """
+    if values.numel() != math.prod(shape) * values.shape[-1]:
+        raise UserError(
+            "This model's feed-forward layers see some of the tokens only (a mixture of experts): neither neurons nor keys can be "
+            "looked at there. Take another guard."
+        )
+    return values.reshape(*shape, values.shape[-1])
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -94,9 +109,9 @@ class Adjusted(Guard):
             count = int(self.place.max()) + 1
             rng = np.random.default_rng([self.settings["seed"], number])
             drawn = torch.from_numpy(rng.random((count, len(ids)))).float().to(output.device)[self.place]
-            changed = output.clone()
-            changed[..., ids] = moved(output[..., ids], (given[0], given[1]), (given[2], given[3]), drawn)
-            return changed
+            changed = by_token(output, self.place.shape).clone()
+            changed[..., ids] = moved(changed[..., ids], (given[0], given[1]), (given[2], given[3]), drawn)
+            return changed.view_as(output)
 
         return adjust
 
@@ -105,7 +120,7 @@ class Adjusted(Guard):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         past = 0 if cache is None else cache.get_seq_length()
         whole = torch.ones(len(ids), past + ids.shape[1], device=ids.device) if mask is None else mask
-        self.place = (whole.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].long()
+        self.place = places(whole)[:, -ids.shape[1] :]
         try:
             return self.base(**inputs, **as_input(cache))
         finally:
@@ -170,8 +185,8 @@ def keys_of(model: Any, layer: str, ids: Tensor, mask: Tensor, asked: Tensor) ->
     seen: list[Tensor] = []
     handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        model(input_ids=ids, attention_mask=mask, position_ids=places(mask), use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
     last = (mask.bool() & (mask.cumsum(1) == asked[:, None])).long().argmax(1)
-    return seen[0][torch.arange(len(ids), device=ids.device), last]
+    return by_token(seen[0], ids.shape)[torch.arange(len(ids), device=ids.device), last]
