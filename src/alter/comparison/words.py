@@ -320,4 +320,4 @@ def html_page(said: Text, settings: Compare, rows: Sequence[TableRow]) -> str:
     ]
     if said.notes:
         body += [tag("h2", "Notes on cells"), tag("ul", *(tag("li", note) for note in said.notes))]
-    return document(title, tag("main", *body), sorting=True)
+    return document(title, tag("main", *body, class_="broad"), sorting=True)

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report" / "page.html"
 SORT = TEMPLATE.with_name("sort.js")
+LONG = 20
+"""Characters from which on a word in a table may be broken on paper, where nothing scrolls."""
+
+SHEET = 22
+"""Columns of figures that a sheet of A4 across holds in the usual letters."""
 
 # Values --------------------------------------------------------------------------------------------------------------
 
@@ -121,20 +126,26 @@ def grid(
         sortable: on a page with `sorting`, a click on a column's name sorts by it.
     """
 
-    def of(column: int) -> str | None:
+    def of(column: int, cell: object = "") -> str | None:
         names = ["n"] * (column in numbers) + ["reference"] * (column == reference) + ["wide"] * (column in wide)
-        return " ".join(names) or None
+        words = re.sub(r"<[^>]*>", " ", cell) if isinstance(cell, Html) else str(cell)
+        long = ["long"] * any(len(word) >= LONG for word in words.split())
+        return " ".join(names + long) or None
 
     top = tag(
         "tr",
-        *(tag("th", c, scope="col", class_=of(i)) if c else tag("td", class_=of(i)) for i, c in enumerate(head)),
+        *(tag("th", c, scope="col", class_=of(i, c)) if c else tag("td", class_=of(i)) for i, c in enumerate(head)),
     )
     body = [
-        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell, class_=of(i)) for i, cell in enumerate(row) if i))
+        tag(
+            "tr",
+            tag("th", row[0], scope="row", class_=of(0, row[0])),
+            *(tag("td", cell, class_=of(i, cell)) for i, cell in enumerate(row) if i),
+        )
         for row in rows
     ]
-    sort = "sortable" if sortable else None
-    whole = tag("table", tag("thead", top), tag("tbody", *body), aria_label=label, class_=sort)
+    kind = " ".join(["sortable"] * sortable + ["vast"] * (len(head) > SHEET)) or None
+    whole = tag("table", tag("thead", top), tag("tbody", *body), aria_label=label, class_=kind)
     # the box takes the focus, so that it can be scrolled with the keyboard
     box = tag("div", whole, class_="box", role="region", aria_label=label, tabindex="0")
     return join([box, tag("p", caption, class_="note")]) if caption else box
