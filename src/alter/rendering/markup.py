@@ -17,8 +17,6 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from alter.core import Array, bare, spans
 from alter.settings import rounded
 
@@ -175,16 +173,17 @@ def common(truth: str, said: str) -> list[bool]:
     Case and the punctuation around a word do not count.
     """
     a, b = ([bare(whole[slice(*span)]) for span in spans(whole)] for whole in (truth, said))
-    length = np.zeros((len(a) + 1, len(b) + 1), dtype=np.int64)
+    length = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i in range(len(a) - 1, -1, -1):
+        row, below = length[i], length[i + 1]
         for j in range(len(b) - 1, -1, -1):
-            length[i, j] = length[i + 1, j + 1] + 1 if a[i] == b[j] else max(length[i + 1, j], length[i, j + 1])
+            row[j] = below[j + 1] + 1 if a[i] == b[j] else max(below[j], row[j + 1])
     found, i, j = [False] * len(b), 0, 0
     while i < len(a) and j < len(b):
         if a[i] == b[j]:
             found[j] = True
             i, j = i + 1, j + 1
-        elif length[i + 1, j] >= length[i, j + 1]:
+        elif length[i + 1][j] >= length[i][j + 1]:
             i += 1
         else:
             j += 1

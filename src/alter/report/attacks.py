@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from alter.attacks import RECOVERED, recovers
-from alter.rendering import Html, decimal, folded, grid, highlighted, join, lines, percent, tag
+from alter.rendering import Html, decimal, folded, grid, join, lines, percent, tag
+from alter.report.quoting import notice, reply_shown, short
 from alter.report.runs import Reported
 from alter.settings import rounded
 from alter.storage import Record
@@ -140,23 +141,32 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
         )
         step = "".join(f", {key} {extra[key]}" for key in ("step", "depth", "variant") if extra.get(key) is not None)
         values = [_value(record, key) for key in ("after", "before", "retrained", "original")]
-        rows.append([plain_name(record), share, *values, f"{figure_of(record)}{step}", extra.get("needs")])
+        rows.append([plain_name(record), share, *values, record.n, f"{figure_of(record)}{step}", extra.get("needs")])
     caption = (
         "recovered: 1 is all that unlearning removed, 0 no more than the same attack gets out of the retrained model; "
-        "in brackets the 95 % interval over rows. under attack, before: the unlearned model. Of several steps, depths or variants, the one that is "
+        "in brackets the 95 % interval over the n rows. under attack, before: the unlearned model. Of several steps, depths or variants, the one that is "
         "best for the attacker."
     )
-    head = ["attack", "recovered", "under attack", "before", "retrained", "original", "figure", "the attacker needs"]
+    head = [
+        "attack",
+        "recovered",
+        "under attack",
+        "before",
+        "retrained",
+        "original",
+        "n",
+        "figure",
+        "the attacker needs",
+    ]
     shown: list[Html] = []
     if rows:
-        shown = [grid(head, rows, label="Attacks", numbers=(1, 2, 3, 4, 5), wide=[7], caption=caption, reference=4)]
-    examples = [
-        card
-        for name in dict.fromkeys(str(r.extra.get("attack")) for r in valid(run))
-        if (card := _example(run, name, level))
-    ]
+        shown = [grid(head, rows, label="Attacks", numbers=range(1, 7), wide=[8], caption=caption, reference=4)]
+    names = dict.fromkeys(str(r.extra.get("attack")) for r in valid(run))
+    examples = [(name, *best) for name in names if (best := _best(run, name)) is not None]
     if count and examples:
-        shown.append(folded("The reply to each attack that holds most of the truth", examples))
+        quotes = [notice("These replies hold", asked=all(question for _, question, *_ in examples))]
+        quotes += [_example(level, *each) for each in examples]
+        shown.append(folded("The reply to each attack that holds most of the truth", quotes))
     plots = []
     for record in valid(run):
         points = [point for point in record.extra.get("curve", []) if "step" in point]
@@ -197,8 +207,8 @@ def _value(record: Record, key: str) -> Html:
     )
 
 
-def _example(run: Reported, name: str, level: int) -> Html | None:
-    """Return the reply to an attack that holds most of the truth, beside it, or None where the records hold no replies."""
+def _best(run: Reported, name: str) -> tuple[str, str, str] | None:
+    """Return the question, the truth and the reply to an attack that holds most of it, or None where the records hold no replies."""
     best: tuple[float, str, str, str] | None = None
     for record in run.attacks:
         extra = record.extra
@@ -212,15 +222,15 @@ def _example(run: Reported, name: str, level: int) -> Html | None:
         for score, question, truth, reply in zip(record.per_item or [], asked, truths, replies, strict=False):
             if score is not None and math.isfinite(score) and (best is None or score > best[0]):
                 best = (score, str(question), str(truth), str(reply))
-    if best is None:
-        return None
-    _, question, truth, reply = best
-    said = highlighted(truth, reply, question) if reply.strip() else tag("em", "(no answer)")
-    parts = [
-        tag("div", tag("dt", "the truth"), tag("dd", truth, dir="auto"), class_="truth"),
-        tag("div", tag("dt", "unlearned, under attack"), tag("dd", said, dir="auto")),
-    ]
-    if question:
-        parts.insert(0, tag("div", tag("dt", "asked"), tag("dd", question, dir="auto"), class_="truth"))
+    return None if best is None else best[1:]
+
+
+def _example(level: int, name: str, question: str, truth: str, reply: str) -> Html:
+    """Show the reply to an attack beside the truth."""
+    said = reply_shown(truth, reply, question)
+    parts = [("the question", short(question))] if question else []
+    parts.append(("the truth", short(truth)))
+    shown = [tag("div", tag("dt", what), tag("dd", told, dir="auto"), class_="truth") for what, told in parts]
+    shown.append(tag("div", tag("dt", "unlearned, under attack"), tag("dd", said, dir="auto")))
     title = tag(f"h{level}", ATTACK_NAMES.get(name, name))
-    return tag("div", title, tag("dl", *parts, class_="replies"), class_="sample")
+    return tag("div", title, tag("dl", *shown, class_="replies"), class_="sample")
