@@ -1,17 +1,24 @@
 """Faults of the pages that were found in a browser and on paper: each test failed before its fault was mended."""
 
 import json
+import math
 import re
 
 import pytest
+import torch
 
+from alter.attacks import recovers
 from alter.core.errors import UserError
+from alter.groundwork import frozen
+from alter.groundwork.frozen import Frozen, FrozenRow
 from alter.rendering import join, tag
-from alter.report import summary
-from alter.report.attacks import attacks
+from alter.report import page, summary
+from alter.report.attacks import attacks, brought_back
 from alter.report.runs import Reported, read_reported
+from alter.report.settings import Report
 from alter.report.tables import by_model, record_tables, sizes
-from test_page import Reader, record
+from alter.report.verdict import verdict
+from test_page import Reader, make_run, record
 
 ROLES = ("original", "unlearned", "retrained")
 
@@ -93,3 +100,61 @@ def test_replies_to_attacks_are_quoted_with_a_warning_and_cut(known):
     # words of a question that nobody recorded cannot be told from those that the reply gives away
     assert ("some may be the question&#x27;s own" in shown) == (not known)
     assert ("the question</dt>" in shown) == known
+
+
+def drawn_from(tmp_path, checks, log):
+    folder = make_run(tmp_path / "run", watched=True)
+    whole = json.loads((folder / "run.json").read_text())
+    whole["watch"]["checks"], whole["log"] = checks, log
+    (folder / "run.json").write_text(json.dumps(whole))
+    return page.report(Report(runs=[str(folder)], out=str(tmp_path / "r.html"))).read_text()
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_a_run_that_broke_its_model_has_a_page(tmp_path, value):
+    """A figure that is not finite is null in run.json: no page said that the run had failed."""
+    checks = [{"step": s, "forget_probability": value, "retain_probability": 0.9} for s in (0, 10, 20)]
+    log = [{"step": s, "loss": value, "forget": value, "retain": 0.1} for s in (0, 10, 20)]
+    shown = drawn_from(tmp_path, checks=checks, log=log)
+    assert "3 of the 3 losses are not finite: training broke down." in shown
+    assert "Line chart of the probability of the answers by step. At the last check: retain 0.90." in shown
+
+
+def test_an_attack_that_broke_the_model_recovered_nothing():
+    """Its figures are null, ends of intervals too."""
+    curve = [{"step": s, "after": None, "retrained": None, "original": math.nan} for s in (1, 2)]
+    extra = {
+        "before": 0.2,
+        "retrained": 0.18,
+        "original": 0.9,
+        "after": None,
+        "needs": "weights",
+        "attack": "prune_50",
+    }
+    for value in (None, 0.4):
+        lost = record("unlearned", "attack_recovered_rouge", value, **extra, interval=[None, None], curve=curve,
+                      intervals={"before": [0.1, 0.3], "after": [None, None]})  # fmt: skip
+        assert not recovers(lost)
+        run = Reported("r", attacks=[lost])
+        assert "nan" not in join([brought_back(run), *attacks(run, 3, 6)])
+
+
+@pytest.mark.parametrize("lengths", [[1, 1, 1, 3, 2], [1, 1, 1, 1, 1]])
+def test_rows_of_a_single_token_have_no_entropy(tmp_path, lengths):
+    rows = []
+    for length in lengths:
+        entropy = torch.full((length,), 0.5)
+        entropy[0] = math.inf
+        gates = torch.zeros(length, 3)
+        gates[:, 1] = 1
+        rows.append(FrozenRow(entropy, gates=gates.half()))
+    folder = make_run(tmp_path / "run")
+    frozen.store(folder / "frozen.safetensors", Frozen(rows, {}, {"entropy_threshold": 1.2}), "key")
+    shown = page.report(Report(runs=[str(folder)], out=str(tmp_path / "r.html"))).read_text()
+    assert ("each row is a single token" in shown) == (sum(lengths) == 5)
+    assert "nan %" not in Reader(shown).text
+
+
+def test_no_replies_are_no_share_of_them():
+    run = Reported("r", records=[record("unlearned", m, 0.0, 0) for m in ("forget_said", "forget_unusable")])
+    assert verdict(run) == "unknown"

@@ -1,8 +1,8 @@
-"""What a page loses on paper, where nothing scrolls, unfolds or is clicked: asked of a browser that lays it out as for printing."""
+"""In a browser: what a page loses on paper, where nothing scrolls, unfolds or is clicked, and what a click sorts."""
 
 import pytest
 
-from alter.rendering import document, folded, grid, tag
+from alter.rendering import Point, document, folded, grid, scatter, tag
 from test_inspector import browser  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -72,3 +72,38 @@ def test_a_tables_head_is_printed_on_every_sheet(browser, tmp_path):  # noqa: F8
     assert page.evaluate(style.format("th button", "display")) == "contents"
     assert page.evaluate(style.format("thead th", "position")) == "static"
     assert page.evaluate(style.format("thead", "display")) == "table-header-group"
+
+
+def test_columns_of_words_are_sorted_too_and_what_is_missing_is_last(browser, tmp_path):  # noqa: F811
+    """A click on "dominated" or "split" did nothing, and what was not measured stood first where the least was asked for."""
+    rows = [
+        ["1 b", "0.5 [0.1, 0.9]", "yes", "forget10"],
+        ["2 a", "-", "no", "forget01"],
+        ["3 c", "1,250", "yes", "forget05"],
+    ]
+    content = document(
+        "x", grid(["name", "figure", "dominated", "split"], rows, label="R", sortable=True), sorting=True
+    )
+    page = printed(browser, tmp_path, content, 1000)
+    page.emulate_media(media="screen")
+
+    def click(column):
+        page.keyboard.press("Tab")
+        page.click(f"th:nth-child({column}) button")
+        return "".join(text[0] for text in page.locator("tbody th").all_inner_texts())
+
+    assert (click(2), click(2)) == ("312", "132")
+    assert (click(3), click(4)) == ("213", "231")
+    assert (click(1), click(1)) == ("213", "312")
+    assert page.get_attribute("th:first-child", "aria-sort") == "descending"
+
+
+@pytest.mark.parametrize(
+    "up", ["↑ better: forget quality", "↑ better: forgetting that survives: 1 - leak after the attack", "x" * 90]
+)
+def test_the_name_of_a_charts_axis_is_not_cut_off(browser, tmp_path, up):  # noqa: F811
+    drawn = scatter([Point(1, "a", 0.5, 0.5, "best")], across="utility", up=up, alt="", caption="")
+    page = printed(browser, tmp_path, document("x", drawn), 390)
+    ends = "(() => { const b = document.querySelector('svg .name').getBBox(); return [b.x, b.x + b.width] })()"
+    left, right = page.evaluate(ends)
+    assert 0 <= left < right <= 360.5

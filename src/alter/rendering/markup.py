@@ -15,13 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from alter.core import Array, bare, spans
-from alter.settings import rounded
-
-if TYPE_CHECKING:
-    pass
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report" / "page.html"
 SORT = TEMPLATE.with_name("sort.js")
@@ -30,21 +26,6 @@ LONG = 20
 
 SHEET = 22
 """Columns of figures that a sheet of A4 across holds in the usual letters."""
-
-# Values --------------------------------------------------------------------------------------------------------------
-
-
-def decimal(value: float | None) -> str:
-    """Return a number with three decimals, a dash for none."""
-    return "-" if value is None else rounded(value, ".3f")
-
-
-def duration(seconds: float) -> str:
-    """Return a span of time in the unit that suits it."""
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
-
 
 # Elements ------------------------------------------------------------------------------------------------------------
 
@@ -150,11 +131,6 @@ def grid(
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
-
-
-def percent(share: float) -> str:
-    """Format a share as a percentage that keeps small ones visible."""
-    return f"{100 * share:.0f} %" if share == 0 or abs(share) >= 0.0995 else f"{100 * share:.1f} %"
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -345,7 +321,13 @@ def scatter(points: Sequence[Point], *, across: str, up: str, alt: str, caption:
     ys = ticks(min(p.y - p.dy for p in points), max(p.y + p.dy for p in points))
     plane = _Plane(xs[0], xs[-1], ys[0], ys[-1])
     parts = plane.frame({value: f"{value:g}" for value in xs}, {value: f"{value:g}" for value in ys}, across)
-    parts.append(tag("text", up, x=LEFT, y=14, class_="name"))
+    # a long name begins at the edge, and is pressed where not even that is enough
+    beside = LEFT + LETTER * len(up) <= WIDTH
+    pressed = None if LETTER * len(up) <= WIDTH - 8 else WIDTH - 8
+    adjust = "spacingAndGlyphs" if pressed else None
+    parts.append(
+        tag("text", up, x=LEFT if beside else 4, y=14, textLength=pressed, lengthAdjust=adjust, class_="name")
+    )
     for point in sorted(points, key=lambda each: each.style == "best"):
         x, y = plane.x(point.x), plane.y(point.y)
         if point.dx:
@@ -377,7 +359,8 @@ def histogram(
         alt, caption, across: as in `lines`.
     """
     smallest = min((float(values[values > 0].min()) for values in heights.values() if (values > 0).any()), default=0.1)
-    floor = max(math.floor(math.log10(smallest)), -6)
+    # one bin may hold them all
+    floor = min(max(math.floor(math.log10(smallest)), -6), -1)
     plane = _Plane(float(edges[0]), float(edges[-1]), floor, 0)
     up = {float(power): f"{100 * 10.0**power:g} %" for power in range(floor, 1)}
     marks = [value for value in ticks(float(edges[0]), float(edges[-1])) if edges[0] <= value <= edges[-1]]

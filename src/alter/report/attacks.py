@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from alter.attacks import RECOVERED, recovers
-from alter.rendering import Html, decimal, folded, grid, join, lines, percent, tag
+from alter.rendering import Html, decimal, finite, folded, grid, join, lines, percent, tag
 from alter.report.quoting import notice, reply_shown, short
 from alter.report.runs import Reported
 from alter.settings import rounded
@@ -136,9 +137,7 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
     for record in valid(run):
         extra = record.extra
         assert record.value is not None
-        share = rounded(record.value, ".2f") + (
-            f" [{', '.join(rounded(end, '.2f') for end in extra['interval'])}]" if extra.get("interval") else ""
-        )
+        share = rounded(record.value, ".2f") + _bracketed(extra.get("interval"))
         step = "".join(f", {key} {extra[key]}" for key in ("step", "depth", "variant") if extra.get(key) is not None)
         values = [_value(record, key) for key in ("after", "before", "retrained", "original")]
         rows.append([plain_name(record), share, *values, record.n, f"{figure_of(record)}{step}", extra.get("needs")])
@@ -173,10 +172,12 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
         if len(points) < 2:
             continue
         series = {
-            name: [(p["step"], p[key]) for p in points if p.get(key) is not None]
+            name: [(p["step"], p[key]) for p in points if finite(p.get(key))]
             for name, key in (("unlearned", "after"), ("retrained", "retrained"), ("original", "original"))
         }
         known = {name: values for name, values in series.items() if values}
+        if not known:
+            continue
         name = f"{plain_name(record)}: {figure_of(record)}"
         ends = ", ".join(f"{model} {values[-1][1]:.2f}" for model, values in known.items())
         plots.append(
@@ -198,13 +199,15 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
 
 def _value(record: Record, key: str) -> Html:
     """Return one of the figures behind a recovered share, and its 95 % interval where the record holds it."""
-    ends = (record.extra.get("intervals") or {}).get(key)
+    ends = _bracketed((record.extra.get("intervals") or {}).get(key))
     shown = decimal(record.extra.get(key))
-    return (
-        join([shown, tag("span", f" [{rounded(ends[0], '.2f')}, {rounded(ends[1], '.2f')}]", class_="soft small")])
-        if ends
-        else join([shown])
-    )
+    return join([shown, tag("span", ends, class_="soft small")]) if ends else join([shown])
+
+
+def _bracketed(ends: Sequence[float | None] | None) -> str:
+    """Format an interval; empty for none, or where what was measured was not finite, which JSON holds as null."""
+    known = [end for end in ends or () if end is not None]
+    return f" [{', '.join(rounded(end, '.2f') for end in known)}]" if len(known) == 2 else ""
 
 
 def _best(run: Reported, name: str) -> tuple[str, str, str] | None:
