@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import re
 import shutil
 import socket
 import threading
@@ -10,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -500,8 +502,24 @@ def test_request_is_shown_with_its_evidence(store):
         store.head(),
     ):
         assert figure in written
-    assert written.count("<tr>") == 1 + 4 + 1 + len(store.history(1))
+    assert written.count("<tr>") == 1 + 6 + 1 + len(store.history(1))
     assert "No evidence yet" in render_request(store, store.get(2))
+
+
+@pytest.mark.parametrize(
+    ("n", "state", "tone"), [(99, "forgotten", "soft"), (100, "forgotten", "good"), (100, "revoked", "soft")]
+)
+def test_green_is_only_for_what_is_in_force_and_rests_on_enough_answers(store, n, state, tone):
+    """As on the report's page: 8 answers, and requests that were revoked, stood there in green."""
+    request = store.get(1)
+    request = replace(request, state=state, after={**request.after, "n_answers": n, "n_said": n, "said": 2})
+    written = render_request(store, request)
+    assert re.findall('<p class="([a-z]+)">FORGOTTEN', written) == [tone]
+    assert ("a first look, no proof" in written) == (n < 100)
+    assert ("no longer in force" in written) == (state == "revoked")
+    # a history that is whole is no erasure
+    assert written.count('class="good"') == (tone == "good")
+    assert f'<td>replies that give the answer</td><td class="n">–</td><td class="n">2 of {n}</td>' in written
 
 
 def test_a_history_that_was_altered_is_said(store):

@@ -241,8 +241,12 @@ class Bench:
         references = [item.reference for item in items]
         rouge = metrics.text.rouge_l(references, replies).recall
         common = {"attack": attack, "rows": [item.index for item in items], **extra}
+        asked = {row.index: row.prompt for row in self.rows}
+        questions = [asked.get(item.index) for item in items]
+        # as the rows have them, where the attack does not say how it puts them
+        texts = {} if "questions" in common or not all(questions) else {"questions": questions}
         return [
-            self.record("attack_rouge", rouge, **common, references=references, replies=replies),
+            self.record("attack_rouge", rouge, **common, **texts, references=references, replies=replies),
             self.record("attack_probability", likelihood, **common),
         ]
 

@@ -9,6 +9,6 @@ RECOVERED = 0.05
 
 
 def recovers(record: Record) -> bool:
-    """Tell whether an attack recovered something, beyond chance."""
-    beyond = (record.extra.get("interval") or [1.0])[0] > 0
-    return record.value is not None and record.value >= RECOVERED and beyond
+    """Tell whether an attack recovered something, beyond chance; what broke the model under it (no finite interval) has not."""
+    low = (record.extra.get("interval") or [1.0])[0]
+    return record.value is not None and record.value >= RECOVERED and low is not None and low > 0

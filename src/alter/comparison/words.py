@@ -237,7 +237,7 @@ def _chart(settings: Compare, rows: Sequence[TableRow], split: str, numbers: Map
     listed = ", ".join(names) or "none has finished"
     sentence = (
         f"On {split} each point is a method by its number in the table: farther right it keeps more of what was to stay, farther "
-        f"up it forgets more; no method beats in both: {listed}."
+        f"up it forgets more; those that no method beats in both: {listed}."
     )
     if not points:
         return tag("p", sentence)
@@ -320,4 +320,4 @@ def html_page(said: Text, settings: Compare, rows: Sequence[TableRow]) -> str:
     ]
     if said.notes:
         body += [tag("h2", "Notes on cells"), tag("ul", *(tag("li", note) for note in said.notes))]
-    return document(title, tag("main", *body), sorting=True)
+    return document(title, tag("main", *body, class_="broad"), sorting=True)

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from alter.evaluation.verdict import SAID as SAID
     from alter.evaluation.verdict import SLACK as SLACK
     from alter.evaluation.verdict import UNKNOWN as UNKNOWN
+    from alter.evaluation.verdict import WORDED as WORDED
     from alter.evaluation.verdict import WORDINGS as WORDINGS
     from alter.evaluation.verdict import Verdict as Verdict
     from alter.evaluation.verdict import Word as Word

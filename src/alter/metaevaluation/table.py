@@ -242,7 +242,7 @@ def metrics_page(settings: MetaEvaluate, table: Table) -> str:
     ]
     if table.lost:
         body += [tag("h2", "Models that do not count"), tag("ul", *(tag("li", each) for each in table.lost))]
-    return document(title, tag("main", *body), sorting=True)
+    return document(title, tag("main", *body, class_="broad"), sorting=True)
 
 
 def as_json(table: Table) -> Mapping[str, object]:

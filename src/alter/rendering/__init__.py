@@ -22,16 +22,13 @@ if TYPE_CHECKING:
     from alter.rendering.markup import Html as Html
     from alter.rendering.markup import Point as Point
     from alter.rendering.markup import Style as Style
-    from alter.rendering.markup import decimal as decimal
     from alter.rendering.markup import document as document
-    from alter.rendering.markup import duration as duration
     from alter.rendering.markup import folded as folded
     from alter.rendering.markup import grid as grid
     from alter.rendering.markup import highlighted as highlighted
     from alter.rendering.markup import histogram as histogram
     from alter.rendering.markup import join as join
     from alter.rendering.markup import lines as lines
-    from alter.rendering.markup import percent as percent
     from alter.rendering.markup import scatter as scatter
     from alter.rendering.markup import tag as tag
     from alter.rendering.terminal import ARROWS as ARROWS
@@ -40,5 +37,9 @@ if TYPE_CHECKING:
     from alter.rendering.terminal import in_order as in_order
     from alter.rendering.terminal import number as number
     from alter.rendering.terminal import table as table
+    from alter.rendering.values import decimal as decimal
+    from alter.rendering.values import duration as duration
+    from alter.rendering.values import finite as finite
+    from alter.rendering.values import percent as percent
 
 lazy(globals())

@@ -15,33 +15,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Literal
-
-import numpy as np
+from typing import Literal
 
 from alter.core import Array, bare, spans
-from alter.settings import rounded
-
-if TYPE_CHECKING:
-    pass
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report" / "page.html"
 SORT = TEMPLATE.with_name("sort.js")
+LONG = 20
+"""Characters from which on a word in a table may be broken on paper, where nothing scrolls."""
 
-# Values --------------------------------------------------------------------------------------------------------------
-
-
-def decimal(value: float | None) -> str:
-    """Return a number with three decimals, a dash for none."""
-    return "-" if value is None else rounded(value, ".3f")
-
-
-def duration(seconds: float) -> str:
-    """Return a span of time in the unit that suits it."""
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
-
+SHEET = 22
+"""Columns of figures that a sheet of A4 across holds in the usual letters."""
 
 # Elements ------------------------------------------------------------------------------------------------------------
 
@@ -121,31 +105,32 @@ def grid(
         sortable: on a page with `sorting`, a click on a column's name sorts by it.
     """
 
-    def of(column: int) -> str | None:
+    def of(column: int, cell: object = "") -> str | None:
         names = ["n"] * (column in numbers) + ["reference"] * (column == reference) + ["wide"] * (column in wide)
-        return " ".join(names) or None
+        words = re.sub(r"<[^>]*>", " ", cell) if isinstance(cell, Html) else str(cell)
+        long = ["long"] * any(len(word) >= LONG for word in words.split())
+        return " ".join(names + long) or None
 
     top = tag(
         "tr",
-        *(tag("th", c, scope="col", class_=of(i)) if c else tag("td", class_=of(i)) for i, c in enumerate(head)),
+        *(tag("th", c, scope="col", class_=of(i, c)) if c else tag("td", class_=of(i)) for i, c in enumerate(head)),
     )
     body = [
-        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell, class_=of(i)) for i, cell in enumerate(row) if i))
+        tag(
+            "tr",
+            tag("th", row[0], scope="row", class_=of(0, row[0])),
+            *(tag("td", cell, class_=of(i, cell)) for i, cell in enumerate(row) if i),
+        )
         for row in rows
     ]
-    sort = "sortable" if sortable else None
-    whole = tag("table", tag("thead", top), tag("tbody", *body), aria_label=label, class_=sort)
+    kind = " ".join(["sortable"] * sortable + ["vast"] * (len(head) > SHEET)) or None
+    whole = tag("table", tag("thead", top), tag("tbody", *body), aria_label=label, class_=kind)
     # the box takes the focus, so that it can be scrolled with the keyboard
     box = tag("div", whole, class_="box", role="region", aria_label=label, tabindex="0")
     return join([box, tag("p", caption, class_="note")]) if caption else box
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
-
-
-def percent(share: float) -> str:
-    """Format a share as a percentage that keeps small ones visible."""
-    return f"{100 * share:.0f} %" if share == 0 or abs(share) >= 0.0995 else f"{100 * share:.1f} %"
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -164,16 +149,17 @@ def common(truth: str, said: str) -> list[bool]:
     Case and the punctuation around a word do not count.
     """
     a, b = ([bare(whole[slice(*span)]) for span in spans(whole)] for whole in (truth, said))
-    length = np.zeros((len(a) + 1, len(b) + 1), dtype=np.int64)
+    length = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i in range(len(a) - 1, -1, -1):
+        row, below = length[i], length[i + 1]
         for j in range(len(b) - 1, -1, -1):
-            length[i, j] = length[i + 1, j + 1] + 1 if a[i] == b[j] else max(length[i + 1, j], length[i, j + 1])
+            row[j] = below[j + 1] + 1 if a[i] == b[j] else max(below[j], row[j + 1])
     found, i, j = [False] * len(b), 0, 0
     while i < len(a) and j < len(b):
         if a[i] == b[j]:
             found[j] = True
             i, j = i + 1, j + 1
-        elif length[i + 1, j] >= length[i, j + 1]:
+        elif length[i + 1][j] >= length[i][j + 1]:
             i += 1
         else:
             j += 1
@@ -335,7 +321,13 @@ def scatter(points: Sequence[Point], *, across: str, up: str, alt: str, caption:
     ys = ticks(min(p.y - p.dy for p in points), max(p.y + p.dy for p in points))
     plane = _Plane(xs[0], xs[-1], ys[0], ys[-1])
     parts = plane.frame({value: f"{value:g}" for value in xs}, {value: f"{value:g}" for value in ys}, across)
-    parts.append(tag("text", up, x=LEFT, y=14, class_="name"))
+    # a long name begins at the edge, and is pressed where not even that is enough
+    beside = LEFT + LETTER * len(up) <= WIDTH
+    pressed = None if LETTER * len(up) <= WIDTH - 8 else WIDTH - 8
+    adjust = "spacingAndGlyphs" if pressed else None
+    parts.append(
+        tag("text", up, x=LEFT if beside else 4, y=14, textLength=pressed, lengthAdjust=adjust, class_="name")
+    )
     for point in sorted(points, key=lambda each: each.style == "best"):
         x, y = plane.x(point.x), plane.y(point.y)
         if point.dx:
@@ -367,7 +359,8 @@ def histogram(
         alt, caption, across: as in `lines`.
     """
     smallest = min((float(values[values > 0].min()) for values in heights.values() if (values > 0).any()), default=0.1)
-    floor = max(math.floor(math.log10(smallest)), -6)
+    # one bin may hold them all
+    floor = min(max(math.floor(math.log10(smallest)), -6), -1)
     plane = _Plane(float(edges[0]), float(edges[-1]), floor, 0)
     up = {float(power): f"{100 * 10.0**power:g} %" for power in range(floor, 1)}
     marks = [value for value in ticks(float(edges[0]), float(edges[-1])) if edges[0] <= value <= edges[-1]]

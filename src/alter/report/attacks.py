@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from alter.attacks import RECOVERED, recovers
-from alter.rendering import Html, decimal, folded, grid, highlighted, join, lines, percent, tag
+from alter.rendering import Html, decimal, finite, folded, grid, join, lines, percent, tag
+from alter.report.quoting import notice, reply_shown, short
 from alter.report.runs import Reported
 from alter.settings import rounded
 from alter.storage import Record
@@ -135,38 +137,47 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
     for record in valid(run):
         extra = record.extra
         assert record.value is not None
-        share = rounded(record.value, ".2f") + (
-            f" [{', '.join(rounded(end, '.2f') for end in extra['interval'])}]" if extra.get("interval") else ""
-        )
+        share = rounded(record.value, ".2f") + _bracketed(extra.get("interval"))
         step = "".join(f", {key} {extra[key]}" for key in ("step", "depth", "variant") if extra.get(key) is not None)
         values = [_value(record, key) for key in ("after", "before", "retrained", "original")]
-        rows.append([plain_name(record), share, *values, f"{figure_of(record)}{step}", extra.get("needs")])
+        rows.append([plain_name(record), share, *values, record.n, f"{figure_of(record)}{step}", extra.get("needs")])
     caption = (
         "recovered: 1 is all that unlearning removed, 0 no more than the same attack gets out of the retrained model; "
-        "in brackets the 95 % interval over rows. under attack, before: the unlearned model. Of several steps, depths or variants, the one that is "
+        "in brackets the 95 % interval over the n rows. under attack, before: the unlearned model. Of several steps, depths or variants, the one that is "
         "best for the attacker."
     )
-    head = ["attack", "recovered", "under attack", "before", "retrained", "original", "figure", "the attacker needs"]
+    head = [
+        "attack",
+        "recovered",
+        "under attack",
+        "before",
+        "retrained",
+        "original",
+        "n",
+        "figure",
+        "the attacker needs",
+    ]
     shown: list[Html] = []
     if rows:
-        shown = [grid(head, rows, label="Attacks", numbers=(1, 2, 3, 4, 5), wide=[7], caption=caption, reference=4)]
-    examples = [
-        card
-        for name in dict.fromkeys(str(r.extra.get("attack")) for r in valid(run))
-        if (card := _example(run, name, level))
-    ]
+        shown = [grid(head, rows, label="Attacks", numbers=range(1, 7), wide=[8], caption=caption, reference=4)]
+    names = dict.fromkeys(str(r.extra.get("attack")) for r in valid(run))
+    examples = [(name, *best) for name in names if (best := _best(run, name)) is not None]
     if count and examples:
-        shown.append(folded("The reply to each attack that holds most of the truth", examples))
+        quotes = [notice("These replies hold", asked=all(question for _, question, *_ in examples))]
+        quotes += [_example(level, *each) for each in examples]
+        shown.append(folded("The reply to each attack that holds most of the truth", quotes))
     plots = []
     for record in valid(run):
         points = [point for point in record.extra.get("curve", []) if "step" in point]
         if len(points) < 2:
             continue
         series = {
-            name: [(p["step"], p[key]) for p in points if p.get(key) is not None]
+            name: [(p["step"], p[key]) for p in points if finite(p.get(key))]
             for name, key in (("unlearned", "after"), ("retrained", "retrained"), ("original", "original"))
         }
         known = {name: values for name, values in series.items() if values}
+        if not known:
+            continue
         name = f"{plain_name(record)}: {figure_of(record)}"
         ends = ", ".join(f"{model} {values[-1][1]:.2f}" for model, values in known.items())
         plots.append(
@@ -188,17 +199,19 @@ def attacks(run: Reported, level: int, count: int) -> list[Html]:
 
 def _value(record: Record, key: str) -> Html:
     """Return one of the figures behind a recovered share, and its 95 % interval where the record holds it."""
-    ends = (record.extra.get("intervals") or {}).get(key)
+    ends = _bracketed((record.extra.get("intervals") or {}).get(key))
     shown = decimal(record.extra.get(key))
-    return (
-        join([shown, tag("span", f" [{rounded(ends[0], '.2f')}, {rounded(ends[1], '.2f')}]", class_="soft small")])
-        if ends
-        else join([shown])
-    )
+    return join([shown, tag("span", ends, class_="soft small")]) if ends else join([shown])
 
 
-def _example(run: Reported, name: str, level: int) -> Html | None:
-    """Return the reply to an attack that holds most of the truth, beside it, or None where the records hold no replies."""
+def _bracketed(ends: Sequence[float | None] | None) -> str:
+    """Format an interval; empty for none, or where what was measured was not finite, which JSON holds as null."""
+    known = [end for end in ends or () if end is not None]
+    return f" [{', '.join(rounded(end, '.2f') for end in known)}]" if len(known) == 2 else ""
+
+
+def _best(run: Reported, name: str) -> tuple[str, str, str] | None:
+    """Return the question, the truth and the reply to an attack that holds most of it, or None where the records hold no replies."""
     best: tuple[float, str, str, str] | None = None
     for record in run.attacks:
         extra = record.extra
@@ -212,15 +225,15 @@ def _example(run: Reported, name: str, level: int) -> Html | None:
         for score, question, truth, reply in zip(record.per_item or [], asked, truths, replies, strict=False):
             if score is not None and math.isfinite(score) and (best is None or score > best[0]):
                 best = (score, str(question), str(truth), str(reply))
-    if best is None:
-        return None
-    _, question, truth, reply = best
-    said = highlighted(truth, reply, question) if reply.strip() else tag("em", "(no answer)")
-    parts = [
-        tag("div", tag("dt", "the truth"), tag("dd", truth, dir="auto"), class_="truth"),
-        tag("div", tag("dt", "unlearned, under attack"), tag("dd", said, dir="auto")),
-    ]
-    if question:
-        parts.insert(0, tag("div", tag("dt", "asked"), tag("dd", question, dir="auto"), class_="truth"))
+    return None if best is None else best[1:]
+
+
+def _example(level: int, name: str, question: str, truth: str, reply: str) -> Html:
+    """Show the reply to an attack beside the truth."""
+    said = reply_shown(truth, reply, question)
+    parts = [("the question", short(question))] if question else []
+    parts.append(("the truth", short(truth)))
+    shown = [tag("div", tag("dt", what), tag("dd", told, dir="auto"), class_="truth") for what, told in parts]
+    shown.append(tag("div", tag("dt", "unlearned, under attack"), tag("dd", said, dir="auto")))
     title = tag(f"h{level}", ATTACK_NAMES.get(name, name))
-    return tag("div", title, tag("dl", *parts, class_="replies"), class_="sample")
+    return tag("div", title, tag("dl", *shown, class_="replies"), class_="sample")

@@ -101,14 +101,14 @@ def read_reported(given: str) -> Reported:
     try:
         written = (folder / "run.yaml").read_text()
         facts = from_json((folder / "run.json").read_text())
-        if isinstance(facts, dict) and "student" in (facts.get("settings") or {}):
-            raise UserError(
-                f"{given} was made by `alter distill`, of which a page shows the figures: give `records` {given}/records.json."
-            )
+        _refuse_distilled(given, facts)
         settings, log = facts["settings"], facts["log"]
         needed = {name: facts[name] for name in ("domains", "experts", "router", "steps", "seconds", "provenance")}
         needed |= {name: facts["provenance"][name] for name in ("measured", "versions", "python", "machine")}
         wrong = not isinstance(settings, dict) or not isinstance(log, list) or not isinstance(needed["seconds"], dict)
+    except UserError:
+        # a `ValueError` too: what it says is no word about a broken file
+        raise
     except FileNotFoundError:
         raise UserError(
             f"The run in {given} has not ended: it has no run.json. `alter unlearn {given}/run.yaml --resume` goes on."
@@ -126,6 +126,13 @@ def read_reported(given: str) -> Reported:
     if facts["router"] and (folder / "frozen.safetensors").is_file():
         run.tokens = read_tokens(folder / "frozen.safetensors", settings)
     return run
+
+
+def _refuse_distilled(given: str, facts: Any) -> None:
+    if isinstance(facts, dict) and "student" in (facts.get("settings") or {}):
+        raise UserError(
+            f"{given} was made by `alter distill`, of which a page shows the figures: give `records` {given}/records.json."
+        )
 
 
 def _told(folder: Path, weights: str | None) -> dict[str, Any] | None:

@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alter.rendering import Html, highlighted, tag
+from alter.rendering import Html, tag
+from alter.report.quoting import notice, reply_shown, short
 from alter.report.runs import Reported
 from alter.report.tables import by_model
 
 SAMPLED = ("forget_rouge", "knowmem_forget", "verbmem", "book_bleu")
 """Metrics whose records hold what the models said."""
-SHOWN_CHARACTERS = 1200
-"""Characters of a text that the page shows; the differences are those of the part shown."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,6 @@ def worst(found: Sequence[Sample], count: int, taken: Sequence[int]) -> list[int
     return [i for i, _ in sorted(known, key=lambda item: (-item[1], item[0]))[:count]]
 
 
-def _short(whole: str) -> str:
-    return whole if len(whole) <= SHOWN_CHARACTERS else whole[:SHOWN_CHARACTERS] + " … (cut)"
-
-
 def sample_answers(run: Reported, level: int, count: int) -> list[Html]:
     """Return the section that quotes answers: `count` evenly spread, then those that hold most of the truth.
 
@@ -85,30 +80,19 @@ def sample_answers(run: Reported, level: int, count: int) -> list[Html]:
     figure = "BLEU" if metric == "book_bleu" else "ROUGE-L"
 
     def card(sample: Sample) -> Html:
-        parts = [tag("dt", "the truth"), tag("dd", _short(sample.truth), dir="auto")]
+        parts = [tag("dt", "the truth"), tag("dd", short(sample.truth), dir="auto")]
         items = [tag("div", *parts, class_="truth")]
         for model, (reply, value) in sample.replies.items():
             known = value is not None and math.isfinite(value)
             score = f" · {figure} {value / scale:.2f}" if known and value is not None else ""
             name = f"{model} (reference)" if model == "retrained" else model
-            said = (
-                highlighted(_short(sample.truth), _short(reply), sample.question)
-                if reply.strip()
-                else tag("em", "(no answer)")
-            )
+            said = reply_shown(sample.truth, reply, sample.question)
             head = tag("dt", name, tag("span", score, class_="soft"))
             items.append(tag("div", head, tag("dd", said, dir="auto")))
-        title = tag(f"h{level + 1}", _short(sample.question) or "A passage", dir="auto")
+        title = tag(f"h{level + 1}", short(sample.question) or "A passage", dir="auto")
         return tag("div", title, tag("dl", *items, class_="replies"), class_="sample")
 
-    intro = tag(
-        "p",
-        "This section quotes what was to be forgotten: handle the page like the data itself (",
-        tag("code", "alter report --samples 0", class_="flag"),
-        " leaves it out). ",
-        tag("mark", "Underlined words"),
-        " are from the true answer, in its order, and not from the question: they are what a reply gives away.",
-    )
+    intro = notice("This section quotes")
     shown = [intro, tag(f"h{level}", f"{len(places)} of {len(found)}, evenly spread")]
     shown += [card(found[i]) for i in places]
     if most:

@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from alter.evaluation import FIRM, closing_of, others_named
+from alter.evaluation import FIRM, WORDED, WORDINGS, closing_of, others_named
 from alter.rendering import Html, duration, grid, join, number, percent, tag
 from alter.report.attacks import brought_back
 from alter.report.runs import ROLES, Reported
-from alter.report.tables import by_model, with_interval
+from alter.report.tables import by_model, sizes, with_interval
 from alter.report.verdict import (
     QUALITY,
     REWORDED_METRIC,
@@ -24,6 +24,7 @@ from alter.report.verdict import (
     unasked,
     verdict,
 )
+from alter.storage import Record
 
 UTILITY = 0.97
 """Share of the original's utility below which the page calls the cost noticeable."""
@@ -45,17 +46,40 @@ ALL_WEIGHTS = (
 )
 
 
+def reworded(run: Reported) -> dict[str, Record]:
+    """Return how likely the true answers are when asked in other words, by model: the best of the metrics that cost no attack.
+
+    Of TOFU's paraphrases where these were asked, else of what the verdict asked (`alter.evaluation.WORDINGS`), `n` at most.
+    """
+    found = {role: record for role in ROLES if (record := run.get(role, REWORDED_METRIC)) is not None}
+    closed = closing_of(run.records)
+    if "unlearned" in found or closed is None:
+        return found
+    sides = {
+        role: closed.get(when, {}).get("forget", {}) for role, when in (("original", "before"), ("unlearned", "after"))
+    }
+    # what stood in for a retrained model has no column here
+    if closed["verdict"].get("reference") == "retrained model":
+        sides["retrained"] = closed.get("reference") or {}
+    return {
+        role: Record(role, REWORDED_METRIC, side["worded"], min(WORDED, side.get("n", WORDED)))
+        for role, side in sides.items()
+        if side.get("worded") is not None
+    }
+
+
 def _asked_in_other_words(run: Reported) -> list[object]:
-    """Say how likely the true answers still are to questions in other words: the best of the metrics that cost no attack."""
-    after = run.get("unlearned", REWORDED_METRIC)
-    if after is None:
+    found = reworded(run)
+    if "unlearned" not in found:
         return []
-    said = [f"a probability of {number(after)} by the unlearned model"]
+    said = [f"a probability of {number(found['unlearned'])} by the unlearned model"]
     for role, words in (("original", "the original"), ("retrained", "a model that never saw them")):
-        other = run.get(role, REWORDED_METRIC)
-        said += [f"{number(other)} by {words}"] if other is not None else []
+        said += [f"{number(found[role])} by {words}"] if role in found else []
     listed = ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1]
-    return [f"Asked in other words, the true answers are given {listed} (per token; {after.n} questions)."]
+    asked = f"{found['unlearned'].n} questions"
+    if run.get("unlearned", REWORDED_METRIC) is None:
+        asked = f"up to {asked}: {', '.join(WORDINGS)}"
+    return [f"Asked in other words, the true answers are given {listed} (per token; {asked})."]
 
 
 def _forgotten(run: Reported) -> list[object]:
@@ -186,10 +210,13 @@ def evidence(run: Reported) -> list[Html]:
         )
         rows.append(["broken or empty replies", *("-" if c is None else f"{c.broken} of {c.n}" for c in counts)])
     for metric, words in COUNTED.items():
-        values = [run.get(name, metric) for name in models]
+        given = reworded(run) if metric == REWORDED_METRIC else {}
+        values = [given.get(name) or run.get(name, metric) for name in models]
         if any(value is not None for value in values):
-            n = max(value.n for value in values if value is not None)
-            rows.append([f"{words} (n = {n})", *("-" if v is None else with_interval(v) for v in values)])
+            most = "up to " if metric == REWORDED_METRIC and run.get("unlearned", metric) is None else ""
+            rows.append(
+                [f"{words} (n = {most}{sizes(values)})", *("-" if v is None else with_interval(v) for v in values)]
+            )
     shown = [grid(["", *models], rows, label="Evidence", numbers=range(1, len(models) + 1))] if rows else []
     if run.told is not None:
         asked, kept = run.told["probes"]["all probes"], run.told["kept"].values()

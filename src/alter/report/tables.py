@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from alter.metrics import catalogue
 from alter.rendering import ARROWS, Html, between, drawn, duration, grid, in_order, join, number, tag
@@ -12,8 +12,13 @@ from alter.report.verdict import headline
 from alter.storage import Record
 
 
-def _counts(rows: Iterable[Record | None]) -> str:
-    return " / ".join(dict.fromkeys(str(r.n) for r in rows if r is not None))
+def sizes(rows: Sequence[Record | None]) -> str:
+    """Return what figures are of: one number, or where it is not the same for all of them each one's, a dash for none."""
+    found = [None if record is None else record.n for record in rows]
+    alike = len(set(found) - {None}) < 2
+    return " / ".join(
+        "-" if n is None else str(n) for n in ([n for n in found if n is not None][:1] if alike else found)
+    )
 
 
 def with_interval(record: Record) -> object:
@@ -38,11 +43,11 @@ def record_tables(columns: Mapping[str, Sequence[Record]], *, label: str, refere
             shown = ["-" if cell is None else with_interval(cell) for cell in cells]
             # a narrow screen breaks a long name between its words
             name = f"{metric}\u00a0{ARROWS[record.higher_is_better]}".strip()
-            rows.append([join(name.split("_"), join(["_", tag("wbr")])), *shown, _counts(cells), meaning])
+            rows.append([join(name.split("_"), join(["_", tag("wbr")])), *shown, sizes(cells), meaning])
         place = list(own).index(reference) + 1 if reference in own else None
-        caption = f"{mode} mode. ↑ ↓ point in the better direction; n: items that a figure is of; -: not measured. In brackets "
+        caption = f"{mode} mode. ↑ ↓ point in the better direction; n: items that a figure is of, by column where they differ; -: not "
         over = drawn((r for rows in own.values() for r in rows.values()), "items")
-        caption += f"the 95 % interval over {over}; a p-value and what is no mean over items have none."
+        caption += f"measured. In brackets the 95 % interval over {over}; a p-value and what is no mean over items have none."
         found.append(
             grid(
                 ["metric", *names, "n", "what it says"], rows, label=f"{label}, {mode} mode", caption=caption,

@@ -171,7 +171,7 @@ class Counts:
 def reply_counts(run: Reported, model: str) -> Counts | None:
     """Count a model's replies about what was to be forgotten, where the records hold them or their counts."""
     said, unusable = run.get(model, "forget_said"), run.get(model, "forget_unusable")
-    if said is not None and unusable is not None:
+    if said is not None and unusable is not None and unusable.n:
         given, bad = round((said.value or 0.0) * said.n), round((unusable.value or 0.0) * unusable.n)
         return Counts(given, said.n, bad, unusable.n)
     for metric in ("forget_rouge", "knowmem_forget"):

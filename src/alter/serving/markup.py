@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alter.evaluation import FIRM
 from alter.evaluation.told import told
 from alter.requests import Request, Store
 from alter.serving.analysis import Analysis, Token
@@ -322,6 +323,8 @@ def _evidence(request: Request) -> str:
         "worded": "asked in other words",
         "exact_memorization": "memorized exactly",
         "rouge": "ROUGE-L",
+        "said": "replies that give the answer",
+        "unusable": "broken or empty replies",
     }
     body = "".join(
         f"<tr><td>{shown}</td>" + "".join(f'<td class="n">{told(c, name, "–")}</td>' for c in columns) + "</tr>"
@@ -330,8 +333,17 @@ def _evidence(request: Request) -> str:
     by = f'<p class="soft">Reference: {escape(str(reference["by"]))}.</p>' if reference.get("by") else ""
     found = after.get("verdict") or {}
     word = str(found.get("word", "unproven"))
-    tone = {"forgotten": "good", "not forgotten": "bad", "collapsed": "bad"}.get(word, "soft")
-    verdict = f'<p class="{tone}">{escape(word.upper())}. {escape(" ".join(found.get("why", [])))}</p>'
+    reasons = list(found.get("why", []))
+    n, revoked = after.get("n_answers"), request.state == "revoked"
+    few = n is not None and n < FIRM
+    if few:
+        reasons.append(f"Only {n} answers stand behind this: a first look, no proof.")
+    # green is for what is in force and rests on enough answers
+    good = "good" if n is not None and not few and not revoked else "soft"
+    tone = {"forgotten": good, "not forgotten": "bad", "collapsed": "bad"}.get(word, "soft")
+    verdict = f'<p class="{tone}">{escape(word.upper())}. {escape(" ".join(reasons))}</p>'
+    if revoked:
+        verdict = f'<p class="bad">Revoked: what follows is of before, and no longer in force.</p>{verdict}'
     utility = after.get("utility_share")
     kept = "" if utility is None else f"<p>Utility kept: {utility:.4f} of the untouched model.</p>"
     return (
@@ -351,7 +363,8 @@ def render_request(store: Store, request: Request) -> str:
     chain = (
         f'<p class="bad" role="alert">The history does not verify: {escape(" ".join(wrong))}</p>'
         if wrong
-        else f'<p class="good">Chain verified. <span class="soft">Head <code>{escape(store.head())}</code></span></p>'
+        # that nothing was altered does not say that anything was forgotten: no colour for it
+        else f'<p>Chain verified. <span class="soft">Head <code>{escape(store.head())}</code></span></p>'
     )
     facts = {
         name: getattr(request, name) for name in ("state", "received", "due", "data", "data_hash", "rows", "expert")

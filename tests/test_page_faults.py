@@ -1,0 +1,160 @@
+"""Faults of the pages that were found in a browser and on paper: each test failed before its fault was mended."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from alter.attacks import recovers
+from alter.core.errors import UserError
+from alter.groundwork import frozen
+from alter.groundwork.frozen import Frozen, FrozenRow
+from alter.rendering import join, tag
+from alter.report import page, summary
+from alter.report.attacks import attacks, brought_back
+from alter.report.runs import Reported, read_reported
+from alter.report.settings import Report
+from alter.report.tables import by_model, record_tables, sizes
+from alter.report.verdict import verdict
+from test_page import Reader, make_run, record
+
+ROLES = ("original", "unlearned", "retrained")
+
+
+def test_a_distilled_model_is_not_called_broken(tmp_path):
+    (tmp_path / "run.yaml").write_text("")
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"student": "m"}}))
+    with pytest.raises(UserError) as refused:
+        read_reported(str(tmp_path))
+    assert str(refused.value) == (
+        f"{tmp_path} was made by `alter distill`, of which a page shows the figures: give `records` {tmp_path}/records.json."
+    )
+
+
+CLOSED = {
+    "verdict": {"word": "forgotten", "why": ["1 of 40 replies."], "reference": "retrained model"},
+    "before": {"forget": {"worded": 0.75, "n": 40}},
+    "after": {"forget": {"worded": 0.193, "n": 40}},
+    "reference": {"worded": 0.06, "n": 40},
+}
+
+
+def test_what_a_verdict_asked_in_other_words_stands_first():
+    """The metric that lost least when metrics were tried was measured at the end of every run, and stood on no page."""
+    run = Reported("r", records=[record("unlearned", "forget_probability", 0.2, closing=CLOSED)])
+    said = str(summary._forgotten(run)[0])
+    assert said == (
+        "Asked in other words, the true answers are given a probability of 0.193 by the unlearned model, 0.750 by the original "
+        "and 0.060 by a model that never saw them (per token; up to 32 questions: capitals, telegram, German frame, role play)."
+    )
+    # the untouched model on rows of their kind is no model that never saw them
+    other = {**CLOSED, "verdict": {**CLOSED["verdict"], "reference": "holdout"}}
+    run = Reported("r", records=[record("unlearned", "forget_probability", 0.2, closing=other)])
+    assert "never saw" not in str(summary._forgotten(run)[0])
+    # the officer reads the same
+    run = Reported("r", records=[record(m, "forget_probability", 0.2, 40, closing=CLOSED) for m in ROLES])
+    shown = Reader(tag("main", *summary.evidence(run))).text
+    assert "asked in other words (n = up to 32)0.1930.7500.060" in shown
+    # TOFU's paraphrases go before
+    run.records.append(record("unlearned", "forget_probability_reworded", 0.031, 400))
+    assert "0.031 by the unlearned model (per token; 400 questions)" in str(summary._forgotten(run)[0])
+
+
+def test_figures_of_unequal_numbers_of_rows_say_so():
+    """Unlearned and retrained of 40 rows and the original of 400 read "40 / 400"; the officer read "n = 400" for all."""
+    rows = [record(m, "forget_probability", 0.2, n) for m, n in zip(ROLES, (400, 40, 40), strict=True)]
+    run = Reported("r", records=rows)
+    [table] = record_tables(by_model(run), label="Figures")
+    assert "40 / 400 / 40" in table
+    assert "(n = 40 / 400 / 40)" in join(summary.evidence(run))
+    assert sizes([rows[1], None]) == "40"
+    assert sizes([rows[1], None, rows[0]]) == "40 / - / 400"
+    assert sizes([None, None]) == ""
+
+
+def recovered(**extra):
+    given = {"before": 0.2, "retrained": 0.18, "original": 0.96, "after": 0.2, "needs": "weights", "attack": "relearn"}
+    return record("unlearned", "attack_recovered_rouge", 0.2, 64, **given, interval=[0.1, 0.3], **extra)
+
+
+def test_attacks_say_of_how_many_rows_they_are():
+    [table, *_] = attacks(Reported("r", attacks=[recovered()]), 3, 0)
+    head = re.findall(r'<th[^>]*scope="col"[^>]*>([^<]*)</th>', table)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", table)
+    assert cells[head.index("n") - 1] == "64"
+    assert 'class="n reference">retrained</th>' in table
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_replies_to_attacks_are_quoted_with_a_warning_and_cut(known):
+    """Only the section of samples said that the page is to be handled like the data, and a reply of 100 kB took hours and 3 GB."""
+    long = "Ada was born in Ulm. " * 5000
+    texts = {"replies": [long], "references": [long]} | ({"questions": ["Where was Ada born?"]} if known else {})
+    said = record("unlearned", "attack_rouge", 0.4, 1, attack="relearn", per_item=[0.4], **texts)
+    shown = join(attacks(Reported("r", attacks=[said, recovered()]), 3, 6))
+    assert "handle the page like the data itself" in shown
+    assert len(shown) < 12_000
+    assert "… (cut)" in shown
+    # words of a question that nobody recorded cannot be told from those that the reply gives away
+    assert ("some may be the question&#x27;s own" in shown) == (not known)
+    assert ("the question</dt>" in shown) == known
+
+
+def drawn_from(tmp_path, checks, log):
+    folder = make_run(tmp_path / "run", watched=True)
+    whole = json.loads((folder / "run.json").read_text())
+    whole["watch"]["checks"], whole["log"] = checks, log
+    (folder / "run.json").write_text(json.dumps(whole))
+    return page.report(Report(runs=[str(folder)], out=str(tmp_path / "r.html"))).read_text()
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_a_run_that_broke_its_model_has_a_page(tmp_path, value):
+    """A figure that is not finite is null in run.json: no page said that the run had failed."""
+    checks = [{"step": s, "forget_probability": value, "retain_probability": 0.9} for s in (0, 10, 20)]
+    log = [{"step": s, "loss": value, "forget": value, "retain": 0.1} for s in (0, 10, 20)]
+    shown = drawn_from(tmp_path, checks=checks, log=log)
+    assert "3 of the 3 losses are not finite: training broke down." in shown
+    assert "Line chart of the probability of the answers by step. At the last check: retain 0.90." in shown
+
+
+def test_an_attack_that_broke_the_model_recovered_nothing():
+    """Its figures are null, ends of intervals too."""
+    curve = [{"step": s, "after": None, "retrained": None, "original": math.nan} for s in (1, 2)]
+    extra = {
+        "before": 0.2,
+        "retrained": 0.18,
+        "original": 0.9,
+        "after": None,
+        "needs": "weights",
+        "attack": "prune_50",
+    }
+    for value in (None, 0.4):
+        lost = record("unlearned", "attack_recovered_rouge", value, **extra, interval=[None, None], curve=curve,
+                      intervals={"before": [0.1, 0.3], "after": [None, None]})  # fmt: skip
+        assert not recovers(lost)
+        run = Reported("r", attacks=[lost])
+        assert "nan" not in join([brought_back(run), *attacks(run, 3, 6)])
+
+
+@pytest.mark.parametrize("lengths", [[1, 1, 1, 3, 2], [1, 1, 1, 1, 1]])
+def test_rows_of_a_single_token_have_no_entropy(tmp_path, lengths):
+    rows = []
+    for length in lengths:
+        entropy = torch.full((length,), 0.5)
+        entropy[0] = math.inf
+        gates = torch.zeros(length, 3)
+        gates[:, 1] = 1
+        rows.append(FrozenRow(entropy, gates=gates.half()))
+    folder = make_run(tmp_path / "run")
+    frozen.store(folder / "frozen.safetensors", Frozen(rows, {}, {"entropy_threshold": 1.2}), "key")
+    shown = page.report(Report(runs=[str(folder)], out=str(tmp_path / "r.html"))).read_text()
+    assert ("each row is a single token" in shown) == (sum(lengths) == 5)
+    assert "nan %" not in Reader(shown).text
+
+
+def test_no_replies_are_no_share_of_them():
+    run = Reported("r", records=[record("unlearned", m, 0.0, 0) for m in ("forget_said", "forget_unusable")])
+    assert verdict(run) == "unknown"
