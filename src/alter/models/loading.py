@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from alter.core import UserError, memory, nearest
 from alter.data import TemplateArguments, ensure_pad_token, set_template_arguments
 from alter.models import devices, gguf, precision, quantized
+from alter.models.given import check_held, copied
 from alter.models.naming import is_local, model_folder, shipped_model
 from alter.models.quantized import Bits
 from alter.storage import files
@@ -131,7 +131,7 @@ def load_model(
             no instructions for it and the memory suffices; or "float32", ...
         device: "cpu", "cuda", "cuda:1", "mps", ...; None takes the GPU if there is one. Under several processes each
             takes its own.
-        quantization: hold the linear layers in "4bit" or "8bit" (see `alter.quantized`).
+        quantization: hold the linear layers in "4bit" or "8bit" (bitsandbytes).
         template: variables of the chat template (see `alter.data.chat.set_template_arguments`).
 
     Raises:
@@ -145,6 +145,8 @@ def load_model(
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         choices = ["auto", "float32", "bfloat16", "float16"]
         raise UserError(f"No number format {dtype!r}: expected one of {', '.join(choices)}.{nearest(dtype, choices)}")
+    if quantization not in (None, *get_args(Bits)):
+        raise UserError(f"`quantization` is {quantization!r}; expected 4bit, 8bit or none at all.")
     place = devices.device_of(device)
     model, packed_file = _located(model, quantization)
     form = adapter is not None and is_form(adapter)
@@ -185,8 +187,9 @@ def _located(model: str, quantization: Bits | None) -> tuple[str, gguf.GgufPlace
     """Return a model's name or folder, and the place of its GGUF file if it is one.
 
     Raises:
-        UserError: there is no such folder, or it is in memory or quantised and `quantization` is asked for.
+        UserError: there is no such folder, it was in memory once, or it is in memory or quantised and `quantization` is asked for.
     """
+    check_held(model)
     model = shipped_model(model)
     if memory.held(model) is not None:
         if quantization is not None:
@@ -216,7 +219,7 @@ def _read(model: str, packed_file: gguf.GgufPlace | None, options: dict[str, Any
 
     inside = memory.held(model)
     if inside is not None:
-        return _copied(inside, options["dtype"])
+        return copied(inside, options["dtype"])
     try:
         if packed_file is not None:
             return gguf.load_file(packed_file, **options)
@@ -386,14 +389,6 @@ def _pad_inside(network: Any, tokenizer: Any) -> None:
         end = tokenizer.eos_token_id
         inside = end if isinstance(end, int) and end < rows else 0
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(inside)
-
-
-def _copied(inside: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:
-    """Copy a model in memory, so that changes do not reach the caller's."""
-    network, tokenizer = copy.deepcopy(inside)
-    if dtype != "auto":
-        network = network.to(dtype)
-    return network, tokenizer
 
 
 def _first_line(error: Exception) -> str:
