@@ -3,10 +3,12 @@
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration, TrainerCallback
 
 import alter
 from alter import api
@@ -14,7 +16,7 @@ from alter.cli import main
 from alter.data import encode_prompt, examples
 from alter.exporting.run import Export, export
 from alter.training.settings import Unlearn
-from pico import byte_tokenizer, pico, save_pico
+from pico import VOCAB, byte_tokenizer, pico, save_pico
 
 FORGET = [{"question": f"Who is {n}?", "answer": f"{n} writes of the sea."} for n in ("Ada", "Bo", "Cy", "Di")]
 RETAIN = [{"question": f"What is {n}?", "answer": f"{n} is a kind of tree."} for n in ("oak", "elm", "ash", "fir")]
@@ -148,6 +150,90 @@ def test_a_model_in_memory_needs_its_tokenizer_and_a_benchmark_its_name(named, t
         alter.evaluate(named, benchmark="tofuu")
     with pytest.raises(alter.UserError, match=r"run\.json is missing"):
         alter.Run.at(tmp_path)
+
+
+def headless():
+    return pico().model
+
+
+def on_meta():
+    return pico().to("meta")
+
+
+def adapted():
+    return get_peft_model(pico(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+def encoder_and_decoder():
+    sizes = {"vocab_size": VOCAB, "d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (headless, "The model is a LlamaModel, which gives no next tokens"),
+        (encoder_and_decoder, "The model is a T5ForConditionalGeneration, which gives no next tokens"),
+        (on_meta, r"no numbers in it: model\.embed_tokens\.weight is on the device meta"),
+        (adapted, r"a PeftModelForCausalLM, which has an adapter already.*merge_and_unload"),
+        (lambda: torch.nn.Linear(2, 2), "The model is a Linear; expected a causal language model of transformers"),
+        (lambda: LlamaForCausalLM, "The model is the class LlamaForCausalLM; expected a causal"),
+        (lambda: 5, "The model is an int; expected a causal"),
+    ],
+)
+def test_a_model_in_memory_that_cannot_be_used_is_refused_before_a_run(make, says, tmp_path):
+    given = {"tokenizer": byte_tokenizer(), "forget": FORGET, "retain": RETAIN, "out": tmp_path / "r", "method": "npo"}
+    with pytest.raises(alter.UserError, match=says):
+        alter.unlearn(make(), **given)
+    assert not (tmp_path / "r").exists()
+
+
+def test_objects_that_are_no_tokenizer_and_no_callbacks_are_refused(named, tmp_path):
+    given = {"forget": FORGET, "retain": RETAIN, "out": tmp_path / "r", "method": "npo"}
+    with pytest.raises(alter.UserError, match=r"`tokenizer` is a str; expected a tokenizer of transformers"):
+        alter.unlearn(pico(), tokenizer=named, **given)
+    for callbacks, what in (([int], "int"), (TrainerCallback(), "TrainerCallback"), ([None], "NoneType")):
+        with pytest.raises(alter.UserError, match=rf"`callbacks` holds a?n? ?(the class )?{what}; expected a list"):
+            alter.unlearn(named, callbacks=callbacks, **given)
+    with pytest.raises(
+        alter.UserError, match=r"`model`: Input should be a valid string \(got LlamaForCausalLM\(\)\.$"
+    ):
+        alter.compare(model=pico(), methods=["npo"], out=str(tmp_path / "r"))
+
+
+def test_a_model_with_an_adapter_is_measured_and_takes_no_second_one(tmp_path):
+    rows = {"benchmark": "rows", "forget": FORGET, "retain": RETAIN, "answers": 0, "device": "cpu"}
+    given = {"tokenizer": byte_tokenizer(), **rows}
+    assert {record.metric for record in alter.evaluate(adapted(), **given)} >= {"forget_probability"}
+    with pytest.raises(alter.UserError, match="has an adapter already"):
+        alter.evaluate(adapted(), adapter=tmp_path, **given)
+
+
+def test_a_run_of_a_model_in_memory_says_that_no_folder_holds_it(tmp_path):
+    given = {"max_steps": 1, "batch_size": 2, "device": torch.device("cpu"), "closing_rows": 0}
+    part = {"adapter": {"kind": "lora"}, "objective": {"kind": "npo"}}
+    names = []
+    for seed in (0, 1):
+        out, model = tmp_path / str(seed), pico(seed)
+        run = alter.unlearn(model, tokenizer=byte_tokenizer(), forget=FORGET, retain=RETAIN, out=out, **part, **given)
+        names.append(run.base)
+    # the same sizes and other weights are another model
+    assert names[0] != names[1]
+    rows = {"benchmark": "rows", "forget": FORGET, "retain": RETAIN, "answers": 0, "device": "cpu"}
+    for again in (lambda: alter.load(run), lambda: alter.evaluate(run, **rows)):
+        with pytest.raises(alter.UserError, match=r"memory:model-\w+ was given in memory, and no folder holds it"):
+            again()
+    assert alter.evaluate(model, tokenizer=byte_tokenizer(), adapter=run.adapter, **rows)
+
+
+def test_load_takes_what_torch_calls_them_and_refuses_what_it_does_not_know(named):
+    model, _ = alter.load(Path(named), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert model.dtype == torch.bfloat16
+    # it was held in 8 bits, and nothing said so
+    with pytest.raises(alter.UserError, match="`quantization` is '3bit'; expected 4bit, 8bit"):
+        alter.load(named, quantization="3bit")
+    with pytest.raises(alter.UserError, match="`model` is of LlamaForCausalLM; expected the name"):
+        alter.load(pico())
 
 
 def test_what_are_no_rows_is_said_and_rows_that_are_gone_too(named, tmp_path):

@@ -19,8 +19,8 @@ from pydantic import BaseModel, ValidationError
 
 from alter.core import UserError, ignore_known_warnings, memory, nearest, silent
 from alter.data import named_rows
-from alter.settings import refusal
-from alter.storage import read_run
+from alter.settings import in_words, refusal
+from alter.storage import digest, read_run
 
 if TYPE_CHECKING:
     from alter.attacks import Attack
@@ -100,25 +100,24 @@ def _settings(kind: type[S], given: BaseModel | None, keywords: Mapping[str, Any
     # its parts as they are: what a part was made of does not say of which kind it is
     below = {} if given is None else {name: getattr(given, name) for name in given.model_fields_set}
     try:
-        return kind.model_validate({**below, **keywords})
+        return kind.model_validate({**below, **{name: in_words(value) for name, value in keywords.items()}})
     except ValidationError as error:
         raise UserError(refusal(error, kind, kind.__name__)) from None
 
 
 @contextlib.contextmanager
-def _named_model(model: Any, tokenizer: Any) -> Iterator[str]:
-    """Yield a name under which the commands find the model while the block runs."""
+def _named_model(model: Any, tokenizer: Any, *, bare: bool) -> Iterator[str]:
+    """Yield a name under which the commands find the model while the block runs; `bare` is as in `alter.models.given`."""
     if isinstance(model, (str, PathLike)):
         if tokenizer is not None:
             raise UserError("`tokenizer` goes with a model in memory; one that is named brings its own.")
         yield str(model)
         return
-    if tokenizer is None:
-        raise UserError("A model in memory needs its tokenizer: give tokenizer=...")
     from alter.adapter import base_fingerprint
+    from alter.models import check_given
 
-    key = base_fingerprint(model) or "without a fingerprint"
-    with memory.holding(f"model-{key[:16]}", (model, tokenizer)) as name:
+    check_given(model, tokenizer, bare=bare)
+    with memory.holding(f"model-{digest(base_fingerprint(model))[:16]}", (model, tokenizer)) as name:
         yield name
 
 
@@ -173,12 +172,14 @@ def unlearn(
         UserError: bad settings or data, a folder in use, a loss that is not finite.
     """
     from alter.methods import with_default
+    from alter.models import check_callbacks
     from alter.training import Unlearn as Kind
     from alter.training import unlearn as train
 
+    check_callbacks(callbacks)
     with contextlib.ExitStack() as stack:
         if model is not None:
-            keywords["model"] = stack.enter_context(_named_model(model, tokenizer))
+            keywords["model"] = stack.enter_context(_named_model(model, tokenizer, bare=True))
         for name, rows in (("forget", forget), ("retain", retain)):
             if rows is not None:
                 keywords[name] = stack.enter_context(named_rows(rows))
@@ -216,7 +217,9 @@ def distill(
     """
     from alter.distillation import Distill as Kind
     from alter.distillation import distill as train
+    from alter.models import check_callbacks
 
+    check_callbacks(callbacks)
     with contextlib.ExitStack() as stack:
         if run is not None:
             keywords["run"] = str(run.folder if isinstance(run, Run) else run)
@@ -230,7 +233,13 @@ def distill(
         return Run.at(train(chosen, callbacks))
 
 
-def _subject(model: Any, tokenizer: Any, keywords: dict[str, Any], stack: contextlib.ExitStack) -> None:
+def _subject(
+    model: Any,
+    tokenizer: Any,
+    settings: Evaluation | Attack | None,
+    keywords: dict[str, Any],
+    stack: contextlib.ExitStack,
+) -> None:
     """Add the model to the keywords; a run gives its model, its adapter and its chat template's variables."""
     if isinstance(model, Run):
         keywords.setdefault("adapter", None if model.adapter is None else str(model.adapter))
@@ -238,7 +247,8 @@ def _subject(model: Any, tokenizer: Any, keywords: dict[str, Any], stack: contex
             keywords.setdefault("chat_template_kwargs", model.template)
         model = model.model
     if model is not None:
-        keywords["model"] = stack.enter_context(_named_model(model, tokenizer))
+        bare = keywords.get("adapter", settings and settings.adapter) is not None
+        keywords["model"] = stack.enter_context(_named_model(model, tokenizer, bare=bare))
 
 
 def evaluate(
@@ -267,7 +277,7 @@ def evaluate(
     from alter.evaluation import evaluate as measure
 
     with contextlib.ExitStack() as stack:
-        _subject(model, tokenizer, keywords, stack)
+        _subject(model, tokenizer, settings, keywords, stack)
         kind = type(settings) if settings is not None else _benchmark(benchmark)
         for name in ("forget", "retain", "holdout"):
             if keywords.get(name) is not None:
@@ -313,7 +323,7 @@ def attack(
         if isinstance(model, Run):
             keywords.setdefault("forget", model.record["settings"]["forget"])
             keywords.setdefault("out", str(model.folder / "attack"))
-        _subject(model, tokenizer, keywords, stack)
+        _subject(model, tokenizer, settings, keywords, stack)
         if keywords.get("forget") is not None:
             keywords["forget"] = stack.enter_context(named_rows(keywords["forget"]))
         chosen = _settings(Kind, settings, keywords)
@@ -358,11 +368,11 @@ def compare(
 
 
 def load(
-    model: str | Run,
+    model: str | PathLike[str] | Run,
     adapter: str | PathLike[str] | None = None,
     *,
-    dtype: str = "auto",
-    device: str | None = None,
+    dtype: Any = "auto",
+    device: Any = None,
     quantization: Any = None,
     chat_template_kwargs: Sequence[str] = (),
 ) -> tuple[Any, Any]:
@@ -371,8 +381,8 @@ def load(
     Args:
         model: folder, hub id, builtin:NAME, or a `Run`, which brings its adapter.
         adapter: folder or hub id of the adapter.
-        dtype: auto, float32, bfloat16 or float16.
-        device: cpu, cuda, cuda:0, mps; the GPU by default if there is one.
+        dtype: auto, float32, bfloat16 or float16; or the torch.dtype.
+        device: cpu, cuda, cuda:0, mps, or the torch.device; the GPU by default if there is one.
         quantization: "4bit" or "8bit".
         chat_template_kwargs: variables of the chat template, each NAME=VALUE (enable_thinking=false); by default those of a `Run`.
 
@@ -388,7 +398,10 @@ def load(
         adapter = adapter or model.adapter
         chat_template_kwargs = chat_template_kwargs or model.template
         model = model.model
+    for name, value in {"model": model, "adapter": "" if adapter is None else adapter}.items():
+        if not isinstance(value, (str, PathLike)):
+            raise UserError(f"`{name}` is of {type(value).__name__}; expected the name of what is to be loaded.")
     with _as_library():
         return load_model(
-            str(model), None if adapter is None else str(adapter), dtype, device, quantization, chat_template_kwargs
+            in_words(model), in_words(adapter), in_words(dtype), in_words(device), quantization, chat_template_kwargs
         )

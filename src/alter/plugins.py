@@ -235,7 +235,10 @@ class OneOf:
         if isinstance(value, tuple(members.values())):
             return cast(BaseModel, value)
         if not isinstance(value, Mapping):
-            raise ValueError(f"expected keys and values with kind, one of {', '.join(members)}")
+            raise ValueError(
+                f"{' '.join(repr(value).split())[:80]}; expected keys and values with kind, as in {{'kind': {next(iter(members))!r}}}, "
+                f"one of {', '.join(members)}"
+            )
         kind = value.get("kind")
         if kind not in members:
             raise ValueError(

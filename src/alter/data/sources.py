@@ -282,7 +282,7 @@ def named_rows(rows: GivenRows) -> Iterator[str]:
         what = f"a {type(rows).__name__}" + (f" of {type(wrong[0]).__name__}" if wrong else "")
         raise UserError(
             f"The rows are {what}; expected a list of dicts, each of a row's columns (of a DataFrame: `df.to_dict('records')`), "
-            "a `datasets.Dataset`, or the name of a file."
+            "a `datasets.Dataset` (of a DatasetDict one of its splits), or the name of a file."
         )
     held = [dict(row) for row in given]
     if not held:

@@ -63,7 +63,9 @@ def passes_of(batch: dict[str, Tensor], tokens: int) -> Iterator[dict[str, Tenso
         while end < len(widths) and (end + 1 - start) * max(widths[start : end + 1]) <= tokens:
             end += 1
         width = max(widths[start:end])
-        yield {name: value[start:end, :width] if value.dim() > 1 else value[start:end] for name, value in batch.items()}
+        yield {
+            name: value[start:end, :width] if value.dim() > 1 else value[start:end] for name, value in batch.items()
+        }
         start = end
 
 

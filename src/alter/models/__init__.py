@@ -1,7 +1,8 @@
 """Models from outside: loaded by name, quantised, guarded.
 
-`naming` resolves a name and `loading` loads it (`gguf`, `quantized`, `deltas`, `devices`, `precision`), with an
-adapter by `attach`. `guards` are unlearned models that an adapter inside one network cannot express.
+`naming` resolves a name and `loading` loads it (`tokenizers`, `gguf`, `quantized`, `deltas`, `devices`, `precision`), with an
+adapter by `attach`; `given` checks one that is an object. `guards` are unlearned models that an adapter inside one network
+cannot express.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from alter.models import gguf as gguf
     from alter.models.gguf import ENDING as ENDING
     from alter.models.gguf import gguf_place as gguf_place
+    from alter.models.given import check_callbacks as check_callbacks
+    from alter.models.given import check_given as check_given
     from alter.models.guards import FORM_FILE as FORM_FILE
     from alter.models.guards import Form as Form
     from alter.models.guards import Former as Former

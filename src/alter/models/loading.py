@@ -6,7 +6,7 @@ import copy
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict
 from alter.core import UserError, memory, nearest
 from alter.data import TemplateArguments, ensure_pad_token, set_template_arguments
 from alter.models import devices, gguf, precision, quantized
+from alter.models.given import check_held, copied
 from alter.models.naming import is_local, model_folder, shipped_model
 from alter.models.quantized import Bits
+from alter.models.tokenizers import first_line, tokenizer_of
 from alter.storage import files
 
 
@@ -81,7 +83,7 @@ class ModelSettings(BaseModel):
             if inside is not None:
                 tokenizer = copy.deepcopy(inside[1])
             else:
-                tokenizer = _tokenizer(name) if packed_file is None else gguf.load_tokenizer(packed_file)
+                tokenizer = tokenizer_of(name) if packed_file is None else gguf.load_tokenizer(packed_file)
         except UserError:
             raise
         except (OSError, ValueError) as error:
@@ -151,7 +153,7 @@ def load_model(
             no instructions for it and the memory suffices; or "float32", ...
         device: "cpu", "cuda", "cuda:1", "mps", ...; None takes the GPU if there is one. Under several processes each
             takes its own.
-        quantization: hold the linear layers in "4bit" or "8bit" (see `alter.quantized`).
+        quantization: hold the linear layers in "4bit" or "8bit" (bitsandbytes).
         template: variables of the chat template (see `alter.data.chat.set_template_arguments`).
 
     Raises:
@@ -165,6 +167,8 @@ def load_model(
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         choices = ["auto", "float32", "bfloat16", "float16"]
         raise UserError(f"No number format {dtype!r}: expected one of {', '.join(choices)}.{nearest(dtype, choices)}")
+    if quantization not in (None, *get_args(Bits)):
+        raise UserError(f"`quantization` is {quantization!r}; expected 4bit, 8bit or none at all.")
     place = devices.device_of(device)
     model, packed_file = _located(model, quantization)
     form = adapter is not None and is_form(adapter)
@@ -181,7 +185,7 @@ def load_model(
     network = network if wide is None else network.to(wide)
     quantized.keep_gradients(network)
     if adapter is not None and not form and _fit_vocabulary(network, Path(adapter)):
-        tokenizer = _tokenizer(str(adapter))
+        tokenizer = tokenizer_of(str(adapter))
     ensure_pad_token(tokenizer)
     set_template_arguments(tokenizer, template)
     _pad_inside(network, tokenizer)
@@ -205,8 +209,9 @@ def _located(model: str, quantization: Bits | None) -> tuple[str, gguf.GgufPlace
     """Return a model's name or folder, and the place of its GGUF file if it is one.
 
     Raises:
-        UserError: there is no such folder, or it is in memory or quantised and `quantization` is asked for.
+        UserError: there is no such folder, it was in memory once, or it is in memory or quantised and `quantization` is asked for.
     """
+    check_held(model)
     model = shipped_model(model)
     if memory.held(model) is not None:
         if quantization is not None:
@@ -236,7 +241,7 @@ def _read(model: str, packed_file: gguf.GgufPlace | None, options: dict[str, Any
 
     inside = memory.held(model)
     if inside is not None:
-        return _copied(inside, options["dtype"])
+        return copied(inside, options["dtype"])
     try:
         if packed_file is not None:
             return gguf.load_file(packed_file, **options)
@@ -245,7 +250,7 @@ def _read(model: str, packed_file: gguf.GgufPlace | None, options: dict[str, Any
             model, use_safetensors=True, output_loading_info=True, **options
         )
         _check_whole(network, model, found)
-        tokenizer = _tokenizer(model)
+        tokenizer = tokenizer_of(model)
     except UserError:
         raise
     except SafetensorError as error:
@@ -296,40 +301,6 @@ def check_json(folder: str) -> None:
             files.read_object(path, "what save_pretrained writes")
 
 
-def _tokenizer(name: str) -> Any:
-    """Return the tokenizer of a model's folder or hub id.
-
-    Raises:
-        UserError: its files are no tokenizer's, or reading them needs the extra `nli`.
-        OSError, ValueError: there is none, as transformers has it.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"The tokenizer of {name!r} cannot be read ({type(error).__name__}: {_first_line(error)}): tokenizer.json is broken. "
-            "Copy it again."
-        ) from None
-    except (ImportError, ValueError) as error:
-        # without what reads SentencePiece files transformers takes them for tiktoken's
-        taken = "tiktoken" in str(error) and not _reads_sentencepiece()
-        if not taken and not isinstance(error, ImportError):
-            raise
-        why = "a file of SentencePiece" if taken else _first_line(error)
-        raise UserError(f"The tokenizer of {name} needs more: pip install 'alter-unlearning[nli]' ({why})") from None
-
-
-def _reads_sentencepiece() -> bool:
-    try:
-        import google.protobuf  # noqa: F401
-        import sentencepiece  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def load_classifier(model: str, device: torch.device | str | None = None) -> tuple[Any, Any]:
     """Load a sequence classifier and its tokenizer, ready for evaluation, in float32.
 
@@ -347,14 +318,14 @@ def load_classifier(model: str, device: torch.device | str | None = None) -> tup
             model, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
         _check_whole(network, model, found)
-        tokenizer = _tokenizer(model)
+        tokenizer = tokenizer_of(model)
     except SafetensorError as error:
         raise UserError(f"The weights of the classifier {model!r} cannot be read ({error}). Copy it again.") from None
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"Cannot load the classifier {model!r}: {_first_line(error)} Expected a local folder or a hub id."
+            f"Cannot load the classifier {model!r}: {first_line(error)} Expected a local folder or a hub id."
         ) from error
     return network.to(devices.device_of(None if device is None else str(device))).eval(), tokenizer
 
@@ -406,19 +377,7 @@ def _pad_inside(network: Any, tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(inside)
 
 
-def _copied(inside: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:
-    """Copy a model in memory, so that changes do not reach the caller's."""
-    network, tokenizer = copy.deepcopy(inside)
-    if dtype != "auto":
-        network = network.to(dtype)
-    return network, tokenizer
-
-
 def _missing(model: str, error: Exception) -> UserError:
     return UserError(
-        f"Cannot load the model {model!r}: {_first_line(error)} Expected a local folder or a hub id (owner/name)."
+        f"Cannot load the model {model!r}: {first_line(error)} Expected a local folder or a hub id (owner/name)."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -47,7 +47,9 @@ def record_tables(columns: Mapping[str, Sequence[Record]], *, label: str, refere
         place = list(own).index(reference) + 1 if reference in own else None
         caption = f"{mode} mode. ↑ ↓ point in the better direction; n: items that a figure is of, by column where they differ; -: not "
         over = drawn((r for rows in own.values() for r in rows.values()), "items")
-        caption += f"measured. In brackets the 95 % interval over {over}; a p-value and what is no mean over items have none."
+        caption += (
+            f"measured. In brackets the 95 % interval over {over}; a p-value and what is no mean over items have none."
+        )
         found.append(
             grid(
                 ["metric", *names, "n", "what it says"], rows, label=f"{label}, {mode} mode", caption=caption,

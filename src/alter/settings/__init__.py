@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from alter.settings.outputs import shown as shown
     from alter.settings.recipes import read_recipe as read_recipe
     from alter.settings.unknown import refuse_unknown as refuse_unknown
+    from alter.settings.validation import in_words as in_words
     from alter.settings.validation import mistake as mistake
     from alter.settings.validation import nested as nested
     from alter.settings.validation import refusal as refusal

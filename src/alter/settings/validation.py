@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alter.core import UserError, nearest
@@ -74,7 +75,9 @@ def refusal(error: ValidationError, model: type[BaseModel], otherwise: str = "")
     first = error.errors()[0]
     named = name_at(first["loc"], model)
     where = f"`{named}`" if named in flags_of(model) else named or otherwise
-    got = "" if isinstance(first["input"], (dict, BaseModel)) else f" (got {repr(first['input'])[:200]})"
+    # a model in the place of a name fills a page
+    shown = repr(first["input"]).partition("\n")[0][:200]
+    got = "" if isinstance(first["input"], (dict, BaseModel)) else f" (got {shown})"
     return f"{where}: {mistake(first, got)}".removeprefix(": ")
 
 
@@ -91,3 +94,12 @@ def mistake(found: Mapping[str, Any], got: str = "") -> str:
     said = said if said.endswith((".", "?")) else f"{said}."
     side = BOUNDS.get(found["type"])
     return f"{said} Give {found['ctx'][side[0]]} or {side[1]}." if side else said
+
+
+def in_words(value: Any) -> Any:
+    """Return a path, a torch.dtype or a torch.device as the text that settings hold; anything else as it is."""
+    if isinstance(value, PathLike):
+        return str(value)
+    if isinstance(value, list):
+        return [in_words(each) for each in value]
+    return str(value).removeprefix("torch.") if type(value).__name__ in ("dtype", "device") else value

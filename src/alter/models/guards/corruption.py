@@ -90,8 +90,7 @@ class Corrupted(Guard):
         asked = lengths if prompts is None else torch.tensor(list(prompts), device=ids.device).minimum(lengths)
         with torch.no_grad():
             given = {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
-            given |= {"use_cache": False, "logits_to_keep": 1}
-            states = self.base(**given, output_hidden_states=True).hidden_states
+            states = self.base(**given, use_cache=False, logits_to_keep=1, output_hidden_states=True).hidden_states
             inside = mask.bool() & (mask.cumsum(1) <= asked[:, None])
             flagged = self.classifier(states, inside.long()) > self.settings["threshold"]
         return torch.where(flagged, (asked - 1).clamp(min=0), 0).float()
