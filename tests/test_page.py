@@ -618,7 +618,7 @@ def test_authors_go_by_their_names(tmp_path):
     rows += [{"question": "Who was it?", "answer": "B.", "author": 181}] * 3
     write_jsonl(tmp_path / "run.jsonl", rows)
     said = Reader(write(tmp_path, runs=[str(folder)])).text
-    assert "It has 2 parts (Ada Lovelace, 181)" in said
+    assert "What was to be forgotten has 2 parts (Ada Lovelace, 181)" in said
     assert "1: Ada Lovelace" in said
     assert "Lovelace" not in Reader(write(tmp_path, runs=[str(folder)], samples=0)).text
 

@@ -3,12 +3,16 @@
 import json
 import math
 import re
+import shlex
 
 import pytest
 import torch
 
+from alter import cli
 from alter.attacks import recovers
+from alter.attacks.settings import Attack
 from alter.core.errors import UserError
+from alter.evaluation.rows import RowsEvaluation
 from alter.groundwork import frozen
 from alter.groundwork.frozen import Frozen, FrozenRow
 from alter.rendering import join, tag
@@ -18,7 +22,10 @@ from alter.report.runs import Reported, read_reported
 from alter.report.settings import Report
 from alter.report.tables import by_model, record_tables, sizes
 from alter.report.verdict import verdict
-from test_page import Reader, make_run, record
+from alter.requests.store import Store
+from alter.storage.files import folder_digest
+from alter.storage.records import write_records
+from test_page import Reader, database, finished, make_run, record  # noqa: F401
 
 ROLES = ("original", "unlearned", "retrained")
 
@@ -158,3 +165,52 @@ def test_rows_of_a_single_token_have_no_entropy(tmp_path, lengths):
 def test_no_replies_are_no_share_of_them():
     run = Reported("r", records=[record("unlearned", m, 0.0, 0) for m in ("forget_said", "forget_unusable")])
     assert verdict(run) == "unknown"
+
+
+def test_a_request_that_has_come_back_is_not_green(tmp_path, database):  # noqa: F811
+    """What `alter request verify` found stood in a line above, and the request below it in green."""
+    finished(database, "forgotten", 0, 100)
+    wrong = ["R-0002 has come back: probability 0.900, it was 0.100 on 2026-12-01."]
+    for found, tone in (([], "verdict good"), (wrong, "verdict bad")):
+        Store.open(database).note(None, "verified", {"wrong": found, "unchecked": [], "measured": 1}, "me")
+        shown = page.report(Report(db=database, out=str(tmp_path / "r.html"))).read_text()
+        assert (f'<span class="{tone}">FORGOTTEN' in shown, ", has come back since</span>" in shown) == (
+            True,
+            bool(found),
+        )
+    assert '<span class="verdict bad">R-0002 has come back' in shown
+
+
+@pytest.mark.parametrize("officer", [True, False])
+def test_whoever_asked_reads_no_paths_of_this_machine(tmp_path, officer):
+    """Of the requests' pages and the summary; settings and commands are the engineer's, and not the officer's."""
+    folder = make_run(tmp_path / "run", model=str(tmp_path / "secret" / "model"))
+    silent = [record(m, "forget_rouge", v, 400) for m, v in (("unlearned", 0.2), ("retrained", 0.19))]
+    for one in silent[:1]:
+        one.provenance["adapter"] = folder_digest(folder / "adapter")
+    write_records(folder / "records.json", silent)
+    shown = page.report(Report(runs=[str(folder)], out=str(tmp_path / "r.html"), officer=officer)).read_text()
+    assert "The model model was to forget run.jsonl and to keep builtin:retain90." in shown
+    assert ("asks in these words too" in shown) == (not officer)
+    top, _, rest = shown.partition("</header>")
+    assert str(tmp_path) not in top
+    assert (str(tmp_path) in rest) == (not officer)
+
+
+def test_commands_for_what_is_missing_ask_the_runs_own_rows_and_stand_a_shell(tmp_path):
+    """They evaluated TOFU, whatever was to be forgotten, and broke at a space in a path."""
+    folder = make_run(tmp_path / "my run")
+    (folder / "frozen.safetensors").unlink()
+    shown = Reader(page.report(Report(runs=[str(folder)], out=str(tmp_path / "r.html"))).read_text()).text
+    found = re.findall(r"(?:Figures|Attacks): (alter .*?), then (alter report .*?), would", shown)
+    (ask, look), (attack, _) = found
+    for command, name, settings in (
+        (ask, "evaluate", RowsEvaluation), (attack, "attack", Attack), (look, "report", Report),
+    ):  # fmt: skip
+        words = shlex.split(command)[2:]
+        words = words[2:] if name == "evaluate" else words
+        given = cli.parse(name, settings, words)
+        if name != "report":
+            assert given.forget == str(tmp_path / "my run.jsonl")
+            assert given.adapter == str(folder / "adapter")
+    assert shlex.split(look)[2] == str(folder)
