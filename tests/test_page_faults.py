@@ -11,6 +11,10 @@ import torch
 from alter import cli
 from alter.attacks import recovers
 from alter.attacks.settings import Attack
+from alter.comparison.choice import Choice, Searched
+from alter.comparison.settings import Compare
+from alter.comparison.table import TableRow
+from alter.comparison.words import described, html_page
 from alter.core.errors import UserError
 from alter.evaluation.rows import RowsEvaluation
 from alter.groundwork import frozen
@@ -18,7 +22,7 @@ from alter.groundwork.frozen import Frozen, FrozenRow
 from alter.rendering import join, tag
 from alter.report import page, summary
 from alter.report.attacks import attacks, brought_back
-from alter.report.runs import Reported, read_reported
+from alter.report.runs import Reported, read, read_reported
 from alter.report.settings import Report
 from alter.report.tables import by_model, record_tables, sizes
 from alter.report.verdict import verdict
@@ -214,3 +218,47 @@ def test_commands_for_what_is_missing_ask_the_runs_own_rows_and_stand_a_shell(tm
             assert given.forget == str(tmp_path / "my run.jsonl")
             assert given.adapter == str(folder / "adapter")
     assert shlex.split(look)[2] == str(folder)
+
+
+def test_a_comparison_says_which_of_the_unbeaten_forgot_nothing():
+    """What leaves the model as it is keeps most of it: it was drawn filled and named beside those that forget."""
+    wanted = Compare(
+        model="builtin:tofu-mini/original", methods=["npo", "simnpo"], splits=["forget10"], out="o",
+        retrained={"forget10": "builtin:tofu-mini/retrained"},
+    )  # fmt: skip
+    choice = Choice((1.0, 1.0), True, 0.5, 0.8, 1, 1, [Searched(1.0, 1.0, 0.5, 0.8)])
+    rows = [
+        TableRow(name, "forget10", 1, {"model_utility": u, "forget_quality": q, **more}, {}, chosen)
+        for name, u, q, chosen, more in (
+            ("original", 0.83, -5.5, None, {}),
+            ("npo", 0.79, -2.4, choice, {"forget_probability_reworded": 0.123}),
+            ("simnpo", 0.831, -5.5, choice, {}),
+        )
+    ]
+    said = described(wanted, rows, {"forget10": {"validation": 1, "test": 2}})
+    shown = Reader(html_page(said, wanted, rows)).text
+    assert "in both: npo (2), simnpo (3). Not forgotten more than by the original itself: simnpo (3)." in shown
+    # the metric that told knowledge best has a column where it was measured
+    assert said.results[0][-1] == "forget10: probability, asked in other words ↓"
+    assert [line[-1] for line in said.results[1:]] == ["-", "0.123", "-"]
+    rows[1].mean.pop("forget_probability_reworded")
+    assert "other words" not in str(described(wanted, rows, {"forget10": {"validation": 1, "test": 2}}).results)
+
+
+def test_a_retrained_model_that_has_no_name_of_its_own_is_not_shown_as_the_original(tmp_path):
+    """`alter evaluate` calls a model "original" where no name is given: the page said that the original had known nothing."""
+    folder = make_run(tmp_path / "run")
+    digest = folder_digest(folder / "adapter")
+    write_records(folder / "records.json", [record(m, "forget_rouge", 0.9, adapter=digest) for m in ROLES[:2]])
+    other = record("original", "forget_rouge", 0.2)
+    write_records(tmp_path / "same.json", [other])
+    assert (
+        read(Report(runs=[str(folder)], records=[str(tmp_path / "same.json")]))[0].value("original", "forget_rouge")
+        == 0.2
+    )
+    other.provenance["weights"] = "v" * 24
+    write_records(tmp_path / "other.json", [other])
+    with pytest.raises(
+        UserError, match=r"other\.json calls a model 'original' that is not the one that run was trained on"
+    ):
+        read(Report(runs=[str(folder)], records=[str(tmp_path / "other.json")]))

@@ -177,7 +177,8 @@ def _cost(run: Reported) -> list[object]:
         if before and after is not None:
             share = after / before
             noticed = "nothing that is noticeable" if share >= UTILITY else "a noticeable loss"
-            found.append(f"{percent(share)} of {words} is left: {noticed}.")
+            of = sizes([run.get(model, metric) for model in ("unlearned", "original")])
+            found.append(f"{percent(share)} of {words} is left (n = {of}): {noticed}.")
             break
     if not found and run.told is not None:
         found += [told_of_kept(form, kept) for form, kept in run.told["kept"].items()]
