@@ -80,6 +80,9 @@ def test_figures_of_unequal_numbers_of_rows_say_so():
     [table] = record_tables(by_model(run), label="Figures")
     assert "40 / 400 / 40" in table
     assert "(n = 40 / 400 / 40)" in join(summary.evidence(run))
+    # a sentence names the models in its own order
+    rows = [record(m, "forget_rouge", 0.2, n) for m, n in zip(ROLES, (400, 40, 40), strict=True)]
+    assert "ROUGE-L over 400 / 40 / 40 questions" in str(summary._forgotten(Reported("r", records=rows)))
     assert sizes([rows[1], None]) == "40"
     assert sizes([rows[1], None, rows[0]]) == "40 / - / 400"
     assert sizes([None, None]) == ""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from alter.core import Array, UserError, nearest
-from alter.rendering import number
+from alter.rendering import called, number
 from alter.report.settings import Report
 from alter.storage import Record, folder_digest, from_json, read_object, read_records
 
@@ -347,7 +347,7 @@ def read(settings: Report) -> list[Reported]:
             given[id(run)] = check.records
             replaced = [r for r in found if (id(run), r.model, r.metric) in inside]
             if replaced:
-                run.notes.append(f"{path} replaces {len(replaced)} figures of the run's own records.json.")
+                run.notes.append(f"{called(path)} replaces {len(replaced)} figures of the run's own records.json.")
             add_records(run, path, found, replace=True)
     for folder in settings.attacks:
         path = str(Path(folder) / "records.json")

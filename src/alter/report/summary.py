@@ -76,7 +76,7 @@ def _asked_in_other_words(run: Reported) -> list[object]:
     for role, words in (("original", "the original"), ("retrained", "a model that never saw them")):
         said += [f"{number(found[role])} by {words}"] if role in found else []
     listed = ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1]
-    asked = f"{found['unlearned'].n} questions"
+    asked = f"{sizes([found[role] for role in ('unlearned', 'original', 'retrained') if role in found])} questions"
     if run.get("unlearned", REWORDED_METRIC) is None:
         asked = f"up to {asked}: {', '.join(WORDINGS)}"
     return [f"Asked in other words, the true answers are given {listed} (per token; {asked})."]
@@ -130,7 +130,8 @@ def _forgotten(run: Reported) -> list[object]:
         says.append(f"the unlearned model agrees with the {truth} by {percent(after.value)}")
         says += [f"a model that never saw them by {percent(honest)}"] if honest is not None else []
         listed = ", ".join(says[:-1]) + (" and " if len(says) > 1 else "") + says[-1]
-        found.append(f"{situation}, {listed} (ROUGE-L over {after.n} {counted}).")
+        of = sizes([r for role in ROLES if (r := run.get(role, metric)) is not None])
+        found.append(f"{situation}, {listed} (ROUGE-L over {of} {counted}).")
     quality = run.get("unlearned", "forget_quality")
     if quality is not None and quality.value is not None:
         told = "not told apart" if quality.value >= QUALITY else "told apart"
