@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from alter.groundwork.frozen import Frozen, FrozenRow
 from alter.rendering import join, tag
 from alter.report import page, summary
 from alter.report.attacks import attacks, brought_back
+from alter.report.requests import _evidence, _limits
 from alter.report.runs import Reported, read, read_reported
 from alter.report.settings import Report
 from alter.report.tables import by_model, record_tables, sizes
@@ -265,3 +267,18 @@ def test_a_retrained_model_that_has_no_name_of_its_own_is_not_shown_as_the_origi
         UserError, match=r"other\.json calls a model 'original' that is not the one that run was trained on"
     ):
         read(Report(runs=[str(folder)], records=[str(tmp_path / "other.json")]))
+
+
+@pytest.mark.parametrize("worded", [0.123, None])
+def test_requests_say_in_which_words_they_were_asked(tmp_path, database, worded):  # noqa: F811
+    """The page denied that other wordings were asked, in which every request is measured, and did not show what came of it."""
+    finished(database, "forgotten", 0, 100)
+    request = Store.open(database).get(2)
+    request = replace(request, before={**request.before, "worded": 0.75}, after={**request.after, "worded": worded})
+    shown = Reader(join([_evidence([request], ()), _limits([request])])).text
+    assert ("as given and in other words: capitals, telegram, German frame, role play. Other" in shown) == (
+        worded is not None
+    )
+    assert ("of the data, in their own words." in shown) == (worded is None)
+    assert ("0.7500.123" in shown) == (worded is not None)
+    assert "`" not in shown

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from alter.evaluation import FIRM
+from alter.evaluation import FIRM, WORDINGS
 from alter.evaluation.told import told
-from alter.rendering import Html, grid, percent, tag
+from alter.rendering import Html, grid, join, percent, tag
 from alter.report.summary import ADAPTER
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ HEAD = (
     "still said before",
     "after",
     "broken or empty",
+    "in other words before",
+    "after",
     "probability before",
     "after",
     "reference",
@@ -108,11 +110,11 @@ def _measured_again(history: Sequence[Entry]) -> Html:
 
 def _evidence(chosen: Sequence[Request], back: Collection[int]) -> Html:
     caption = (
-        "still said: replies that give the answer. probability: of the true answers, per token; the reference never saw "
-        "the data. utility: share of the untouched model's. data: beginning of the SHA-256 of the rows."
+        "still said: replies that give the answer. probability: of the true answers, per token, and before it the same "
+        "where the questions are put in other words; the reference never saw the data. utility: share of the untouched model's. data: beginning of the SHA-256 of the rows."
     )
     rows = [_line(request, request.id in back) for request in chosen]
-    return grid(HEAD, rows, label="Erasure requests", numbers=range(4, 12), caption=caption, reference=10)
+    return grid(HEAD, rows, label="Erasure requests", numbers=range(4, 14), caption=caption, reference=12)
 
 
 def _line(request: Request, back: bool = False) -> list[object]:
@@ -128,6 +130,7 @@ def _line(request: Request, back: bool = False) -> list[object]:
         told(before, "said", "-"),
         told(after, "said", "-"),
         told(after, "unusable", "-"),
+        *(told(part, "worded", "-") for part in (before, after)),
         *(told(part, "probability", "-") for part in (before, after, after.get("reference"))),
         "-" if share is None else percent(share),
         tag("code", request.data_hash[:16]),
@@ -150,12 +153,26 @@ def _limits(chosen: Sequence[Request]) -> Html:
     limits = (
         *([] if all(distilled) else [ADAPTER]),
         *([DISTILLED] if any(distilled) else []),
-        "Asked were the questions of the data, in their own words. Other wordings, other languages, longer talks and "
-        "attacks were not tested here: `alter attack` tries some.",
+        _asked(chosen),
         f"Of fewer than {FIRM} answers nothing is coloured: the intervals in the reasons say how little they prove.",
     )
     reasons = [_reason(request) for request in chosen if (request.after or {}).get("verdict")]
     return tag("div", tag("ul", *(tag("li", limit) for limit in limits), *reasons), class_="answers")
+
+
+def _asked(chosen: Sequence[Request]) -> Html:
+    """Say in which words the questions were asked: those of texts, and of evidence of long ago, in their own alone."""
+    measured = [request for request in chosen if request.after]
+    plain = [request.name for request in measured if request.after and request.after.get("worded") is None]
+    words = ", in their own words"
+    if len(plain) < len(measured):
+        alone = f" ({', '.join(plain)} in their own words alone)" if plain else ""
+        words = f", as given and in other words: {', '.join(WORDINGS)}{alone}"
+    attack = tag("code", "alter attack")
+    return join(
+        [f"Asked were the questions of the data{words}. Other wordings, other languages, longer talks and attacks were not "
+         "tested here: ", attack, " tries some."]
+    )  # fmt: skip
 
 
 def _reason(request: Request) -> Html:
