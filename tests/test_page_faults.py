@@ -20,7 +20,9 @@ from alter.core.errors import UserError
 from alter.evaluation.rows import RowsEvaluation
 from alter.groundwork import frozen
 from alter.groundwork.frozen import Frozen, FrozenRow
-from alter.rendering import join, tag
+from alter.metaevaluation.settings import MetaEvaluate
+from alter.metaevaluation.table import Line, Table, metrics_page
+from alter.rendering import called, join, tag
 from alter.report import page, summary
 from alter.report.attacks import attacks, brought_back
 from alter.report.requests import _evidence, _limits
@@ -282,3 +284,26 @@ def test_requests_say_in_which_words_they_were_asked(tmp_path, database, worded)
     assert ("of the data, in their own words." in shown) == (worded is None)
     assert ("0.7500.123" in shown) == (worded is not None)
     assert "`" not in shown
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("builtin:forget01[:8]", "builtin:forget01[:8]"),
+        ("owner/model", "owner/model"),
+        ("/home/me/customers/ada.jsonl[:8]", "ada.jsonl[:8]"),
+        ("./ada.jsonl", "ada.jsonl"),
+        ("~/models/m", "m"),
+        ("/", "/"),
+        ("", ""),
+    ],
+)
+def test_what_lies_on_this_machine_goes_by_its_last_part(source, name):
+    assert called(source) == name
+
+
+def test_the_page_of_metrics_names_no_path():
+    line = Line("forget_rouge", 0.6, 0.2, 0.9, (0.5, 1.0), None, None, None, None, None)
+    table = Table([line], {"knows": 1, "without": 1, "unlearned": 0}, [], {}, [])
+    settings = MetaEvaluate(model="/home/me/m", retrained="r", out="o", methods=["npo"])
+    assert "<h1>Metrics tried on m</h1>" in metrics_page(settings, table)
