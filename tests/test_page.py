@@ -439,7 +439,7 @@ def test_the_page_names_the_command_that_asks_the_others(tmp_path, kind):
     write_records(folder / "records.json", found)
     shown = Reader(write(tmp_path, runs=[str(folder)]))
     assert "Yes, by these measures." in shown.text
-    assert "asked.json" not in shown.text
+    assert "asks in these words too" not in shown.text
     assert [a["class"] for _, a in shown.tags if (a.get("class") or "").startswith("verdict")] == ["verdict good"]
     # several runs side by side say the same
     other = make_run(tmp_path / "other", weights=b"b")
