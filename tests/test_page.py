@@ -439,7 +439,7 @@ def test_the_page_names_the_command_that_asks_the_others(tmp_path, kind):
     write_records(folder / "records.json", found)
     shown = Reader(write(tmp_path, runs=[str(folder)]))
     assert "Yes, by these measures." in shown.text
-    assert "asked.json" not in shown.text
+    assert "asks in these words too" not in shown.text
     assert [a["class"] for _, a in shown.tags if (a.get("class") or "").startswith("verdict")] == ["verdict good"]
     # several runs side by side say the same
     other = make_run(tmp_path / "other", weights=b"b")
@@ -618,7 +618,7 @@ def test_authors_go_by_their_names(tmp_path):
     rows += [{"question": "Who was it?", "answer": "B.", "author": 181}] * 3
     write_jsonl(tmp_path / "run.jsonl", rows)
     said = Reader(write(tmp_path, runs=[str(folder)])).text
-    assert "It has 2 parts (Ada Lovelace, 181)" in said
+    assert "What was to be forgotten has 2 parts (Ada Lovelace, 181)" in said
     assert "1: Ada Lovelace" in said
     assert "Lovelace" not in Reader(write(tmp_path, runs=[str(folder)], samples=0)).text
 

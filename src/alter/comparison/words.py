@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Group
 
+from alter.comparison.checks import ORIGINAL
 from alter.comparison.choice import columns, criterion
 from alter.comparison.rules import rules
 from alter.comparison.settings import Compare
@@ -80,7 +81,9 @@ def _results(settings: Compare, rows: Sequence[TableRow]) -> tuple[list[list[str
     dominated.
     """
     by = {(row.name, row.split): row for row in rows}
-    shown = columns(settings)
+    measured = {key for row in rows for key, value in row.mean.items() if math.isfinite(value)}
+    other_words = "forget_probability_reworded"
+    shown = {key: title for key, title in columns(settings).items() if key != other_words or key in measured}
     results = [["method", *(f"{split}: {title}" for split in settings.forgotten for title in shown.values())]]
     best: set[tuple[int, int]] = set()
     for name in _in_order(rows):
@@ -235,9 +238,13 @@ def _chart(settings: Compare, rows: Sequence[TableRow], split: str, numbers: Map
             points.append(Point(numbers[row.name], row.name, x, y, style, *spread))
             names += [f"{row.name} ({numbers[row.name]})"] if style == "best" else []
     listed = ", ".join(names) or "none has finished"
+    floor = next((p.y for p in points if p.name == ORIGINAL), -math.inf)
+    idle = [f"{p.name} ({p.number})" for p in points if p.style == "best" and p.y <= floor]
+    # what leaves the model as it is keeps all of it, and no other method keeps more
+    note = f" Not forgotten more than by the original itself: {', '.join(idle)}." if idle else ""
     sentence = (
         f"On {split} each point is a method by its number in the table: farther right it keeps more of what was to stay, farther "
-        f"up it forgets more; those that no method beats in both: {listed}."
+        f"up it forgets more; those that no method beats in both: {listed}.{note}"
     )
     if not points:
         return tag("p", sentence)

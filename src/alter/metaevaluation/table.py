@@ -24,7 +24,7 @@ from alter.metaevaluation.formulas import (
 from alter.metaevaluation.measuring import untried
 from alter.metaevaluation.members import Found
 from alter.metaevaluation.settings import MetaEvaluate
-from alter.rendering import document, fitted_rows, grid, join, tag
+from alter.rendering import called, document, fitted_rows, grid, join, tag
 from alter.settings import rounded
 
 
@@ -227,7 +227,7 @@ def metrics_drawn(settings: MetaEvaluate, table: Table) -> Group:
 
 def metrics_page(settings: MetaEvaluate, table: Table) -> str:
     """Render the table as a page that fetches nothing; a click on a column's name sorts by it."""
-    title = f"Metrics tried on {settings.model}"
+    title = f"Metrics tried on {called(settings.model)}"
     rows: list[list[object]] = []
     for line in table.lines:
         meaning = metrics.catalogue.metric_named(line.metric.partition(", ")[0]).meaning

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from alter.rendering.terminal import in_order as in_order
     from alter.rendering.terminal import number as number
     from alter.rendering.terminal import table as table
+    from alter.rendering.values import called as called
     from alter.rendering.values import decimal as decimal
     from alter.rendering.values import duration as duration
     from alter.rendering.values import finite as finite

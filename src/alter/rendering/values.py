@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from alter.settings import rounded
 
@@ -27,3 +28,9 @@ def duration(seconds: float) -> str:
 def percent(share: float) -> str:
     """Format a share as a percentage that keeps small ones visible."""
     return f"{100 * share:.0f} %" if share == 0 or abs(share) >= 0.0995 else f"{100 * share:.1f} %"
+
+
+def called(source: str) -> str:
+    """Return what a model or rows are called where others read it: of a path of this machine the last part, else the whole."""
+    path = Path(source).expanduser()
+    return path.name or source if path.is_absolute() or source.startswith(".") or path.exists() else source

@@ -12,14 +12,14 @@ from pathlib import Path
 from rich.console import Console
 
 from alter.core import UserError
-from alter.rendering import Html, document, join, tag
+from alter.rendering import Html, called, document, join, tag
 from alter.report.attacks import attacks, recovered_records
 from alter.report.origin import provenance_section, settings_of
 from alter.report.requests import requests
 from alter.report.runs import Reported, read
 from alter.report.samples import sample_answers, samples
 from alter.report.settings import Report
-from alter.report.summary import evidence, summary_section
+from alter.report.summary import asking, evidence, summary_section
 from alter.report.tables import figures, side_by_side
 from alter.report.tokens import entropies, routing
 from alter.report.training import logged, training_section
@@ -34,29 +34,25 @@ def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html
         level: of the headings within a section.
         count: questions to show as samples.
     """
-    folder = "RUN" if run.folder is None else str(run.folder)
-    model = str(run.settings.get("model", "MODEL"))
-    forget = str(run.settings.get("forget", "FORGET"))
-    which = f" --model {folder}/model" if run.kind == "model" else f" --model {model} --adapter {folder}/adapter"
-    evaluate = f"alter evaluate{which} --name unlearned --json unlearned.json"
-    trained, report = "alter unlearn RECIPE.yaml --out RUN", f"alter report {folder}"
+    evaluate, attack, report = asking(run)
+    trained = "alter unlearn RECIPE.yaml --out RUN"
     answered = bool(samples(run)[1])
     found: dict[str, list[Html]] = {"Summary": summary_section(run, level)}
     missing: list[Html] = []
     plan = (
-        ("Figures", bool(run.records), lambda: figures(run), evaluate, f"{report} --records unlearned.json"),
+        ("Figures", bool(run.records), lambda: figures(run), evaluate, f"{report} --records asked.json"),
         (
             "Sample answers",
             answered and count > 0,
             lambda: sample_answers(run, level, count),
             report if answered else evaluate,
-            f"{report} --samples 6" if answered else f"{report} --records unlearned.json",
+            f"{report} --samples 6" if answered else f"{report} --records asked.json",
         ),
         (
             "Attacks",
             bool(recovered_records(run)),
             lambda: attacks(run, level, count),
-            f"alter attack{which} --forget {forget} --retrained RETRAINED --out attacks",
+            attack,
             f"{report} --attacks attacks",
         ),
         ("Token entropies", run.tokens is not None, lambda: entropies(run), trained, "RUN"),
@@ -68,7 +64,7 @@ def sections(run: Reported, level: int, count: int) -> tuple[dict[str, list[Html
             bool(run.facts) or any(r.provenance for r in run.records + run.attacks),
             lambda: provenance_section(run, level),
             evaluate,
-            f"{report} --records unlearned.json",
+            f"{report} --records asked.json",
         ),
     )
     for title, there, make, command, option in plan:
@@ -86,7 +82,9 @@ def _header(heading: str, runs: Sequence[Reported], links: Sequence[tuple[str, s
     """Return the page's top: heading, what it is about, when it was made, links to the sections."""
     about = runs[0].settings if len(runs) == 1 else {}
     subject = (
-        f"{about['forget']}, to be forgotten by {about['model']}" if about else ", ".join(run.name for run in runs)
+        f"{called(about['forget'])}, to be forgotten by {called(about['model'])}"
+        if about
+        else ", ".join(run.name for run in runs)
     )
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return tag(
@@ -130,7 +128,7 @@ def compose(
     if officer:
         for i, run in enumerate(runs):
             name = "Summary" if len(runs) == 1 else run.name
-            section(name, f"run{i}", [*summary_section(run, 3), tag("h3", "Evidence"), *evidence(run)])
+            section(name, f"run{i}", [*summary_section(run, 3, commands=False), tag("h3", "Evidence"), *evidence(run)])
     elif len(runs) == 1:
         found, missing = sections(runs[0], 3, count)
         for i, (name, content) in enumerate(found.items()):

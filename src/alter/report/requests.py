@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from alter.evaluation import FIRM
+from alter.evaluation import FIRM, WORDINGS
 from alter.evaluation.told import told
-from alter.rendering import Html, grid, percent, tag
+from alter.rendering import Html, grid, join, percent, tag
 from alter.report.summary import ADAPTER
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ HEAD = (
     "still said before",
     "after",
     "broken or empty",
+    "in other words before",
+    "after",
     "probability before",
     "after",
     "reference",
@@ -55,7 +57,7 @@ def requests(url: str, names: Sequence[str]) -> list[Html]:
         checked = "History and adapter were checked when this page was made"
     else:
         wrong = store.check_chain()
-        checked = f"The adapter's folder {project.root} is not here, so only the history itself was checked"
+        checked = f"The adapter's folder {project.root.name} is not here, so only the history itself was checked"
     history = store.history()
     shown = [*_whole(wrong, checked, store.head()), _measured_again(history)]
     if not chosen:
@@ -63,7 +65,7 @@ def requests(url: str, names: Sequence[str]) -> list[Html]:
             *shown,
             tag("p", "The database holds no request yet: ", tag("code", "alter request add"), " adds one."),
         ]
-    shown += [_evidence(chosen), _limits(chosen)]
+    shown += [_evidence(chosen, _back(history, chosen)), _limits(chosen)]
     left = len(store.requests()) - len(chosen)
     if left:
         shown.append(tag("p", f"{left} other requests are left out.", class_="small soft"))
@@ -83,37 +85,52 @@ def _whole(wrong: Sequence[str], checked: str, head: str) -> list[Html]:
     ]
 
 
+def _checks(history: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in history if entry.what == "verified"]
+
+
+def _back(history: Sequence[Entry], chosen: Sequence[Request]) -> set[int]:
+    """Return the requests that had come back when the model was last measured again."""
+    wrong = _checks(history)[-1].details.get("wrong", []) if _checks(history) else []
+    return {
+        request.id for request in chosen if any(line.startswith(f"{request.name} has come back") for line in wrong)
+    }
+
+
 def _measured_again(history: Sequence[Entry]) -> Html:
-    checks = [entry for entry in history if entry.what == "verified"]
+    checks = _checks(history)
     if not checks:
         command = tag("code", "alter request verify")
         return tag("p", "The model was not measured again since; ", command, " does it.")
     last = checks[-1]
-    result = " ".join(last.details.get("wrong", [])) or "nothing had come back since it was recorded."
-    return tag("p", f"The model was last measured again on {last.at} by {last.who}: {result}")
+    wrong = " ".join(last.details.get("wrong", []))
+    result = tag("span", wrong, class_="verdict bad") if wrong else "nothing had come back since it was recorded."
+    return tag("p", f"The model was last measured again on {last.at} by {last.who}: ", result)
 
 
-def _evidence(chosen: Sequence[Request]) -> Html:
+def _evidence(chosen: Sequence[Request], back: Collection[int]) -> Html:
     caption = (
-        "still said: replies that give the answer. probability: of the true answers, per token; the reference never saw "
-        "the data. utility: share of the untouched model's. data: beginning of the SHA-256 of the rows."
+        "still said: replies that give the answer. probability: of the true answers, per token, and before it the same "
+        "where the questions are put in other words; the reference never saw the data. utility: share of the untouched model's. data: beginning of the SHA-256 of the rows."
     )
-    rows = [_line(request) for request in chosen]
-    return grid(HEAD, rows, label="Erasure requests", numbers=range(4, 12), caption=caption, reference=10)
+    rows = [_line(request, request.id in back) for request in chosen]
+    return grid(HEAD, rows, label="Erasure requests", numbers=range(4, 14), caption=caption, reference=12)
 
 
-def _line(request: Request) -> list[object]:
+def _line(request: Request, back: bool = False) -> list[object]:
     before, after = request.before or {}, request.after or {}
+    state = f"{request.state.upper() if after else request.state}{', has come back since' if back else ''}"
     share = after.get("utility_share")
     return [
         f"{request.name}: {request.subject or '(purged)'}",
-        tag("span", request.state.upper() if after else request.state, class_=_tone(request)),
+        tag("span", state, class_="verdict bad" if back else _tone(request)),
         request.received[:10],
         request.due or "-",
         request.rows,
         told(before, "said", "-"),
         told(after, "said", "-"),
         told(after, "unusable", "-"),
+        *(told(part, "worded", "-") for part in (before, after)),
         *(told(part, "probability", "-") for part in (before, after, after.get("reference"))),
         "-" if share is None else percent(share),
         tag("code", request.data_hash[:16]),
@@ -136,12 +153,26 @@ def _limits(chosen: Sequence[Request]) -> Html:
     limits = (
         *([] if all(distilled) else [ADAPTER]),
         *([DISTILLED] if any(distilled) else []),
-        "Asked were the questions of the data, in their own words. Other wordings, other languages, longer talks and "
-        "attacks were not tested here: `alter attack` tries some.",
+        _asked(chosen),
         f"Of fewer than {FIRM} answers nothing is coloured: the intervals in the reasons say how little they prove.",
     )
     reasons = [_reason(request) for request in chosen if (request.after or {}).get("verdict")]
     return tag("div", tag("ul", *(tag("li", limit) for limit in limits), *reasons), class_="answers")
+
+
+def _asked(chosen: Sequence[Request]) -> Html:
+    """Say in which words the questions were asked: those of texts, and of evidence of long ago, in their own alone."""
+    measured = [request for request in chosen if request.after]
+    plain = [request.name for request in measured if request.after and request.after.get("worded") is None]
+    words = ", in their own words"
+    if len(plain) < len(measured):
+        alone = f" ({', '.join(plain)} in their own words alone)" if plain else ""
+        words = f", as given and in other words: {', '.join(WORDINGS)}{alone}"
+    attack = tag("code", "alter attack")
+    return join(
+        [f"Asked were the questions of the data{words}. Other wordings, other languages, longer talks and attacks were not "
+         "tested here: ", attack, " tries some."]
+    )  # fmt: skip
 
 
 def _reason(request: Request) -> Html:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from alter.core import Array, UserError, nearest
-from alter.rendering import number
+from alter.rendering import called, number
 from alter.report.settings import Report
 from alter.storage import Record, folder_digest, from_json, read_object, read_records
 
@@ -273,6 +273,23 @@ def check_rows(run: Reported, path: str, records: Sequence[Record]) -> None:
         )
 
 
+def check_original(run: Reported, path: str, records: Sequence[Record]) -> None:
+    """Refuse figures of an "original" that is not the model under the run's adapter: `alter evaluate` calls so whatever has no `name`.
+
+    Raises:
+        UserError: it is another.
+    """
+    if run.kind != "adapter":
+        return
+    base = {r.provenance.get("weights") for r in run.records if r.provenance.get("adapter")} - {None, "unknown"}
+    other = {r.provenance.get("weights") for r in records if r.model == "original"} - {None, "unknown"} - base
+    if base and other:
+        raise UserError(
+            f"{path} calls a model 'original' that is not the one that {run.name} was trained on: evaluate it again under its own "
+            "name, as `alter evaluate --name retrained` does, or leave it out."
+        )
+
+
 def add_records(run: Reported, path: str, records: Sequence[Record], *, replace: bool) -> None:
     """Give records to a run; a figure that it has already must be equal, unless it may be replaced.
 
@@ -323,13 +340,14 @@ def read(settings: Report) -> list[Reported]:
         found = read_records(path)
         for run in owners(path, found, runs):
             check_rows(run, path, found)
+            check_original(run, path, found)
             # among the files given, none replaces another
             check = Reported(run.name, records=given.get(id(run), []))
             add_records(check, path, found, replace=False)
             given[id(run)] = check.records
             replaced = [r for r in found if (id(run), r.model, r.metric) in inside]
             if replaced:
-                run.notes.append(f"{path} replaces {len(replaced)} figures of the run's own records.json.")
+                run.notes.append(f"{called(path)} replaces {len(replaced)} figures of the run's own records.json.")
             add_records(run, path, found, replace=True)
     for folder in settings.attacks:
         path = str(Path(folder) / "records.json")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alter.evaluation import FIRM, WORDED, WORDINGS, closing_of, others_named
-from alter.rendering import Html, duration, grid, join, number, percent, tag
+from alter.rendering import Html, called, duration, grid, join, number, percent, tag
 from alter.report.attacks import brought_back
 from alter.report.runs import ROLES, Reported
 from alter.report.tables import by_model, sizes, with_interval
@@ -76,7 +76,7 @@ def _asked_in_other_words(run: Reported) -> list[object]:
     for role, words in (("original", "the original"), ("retrained", "a model that never saw them")):
         said += [f"{number(found[role])} by {words}"] if role in found else []
     listed = ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1]
-    asked = f"{found['unlearned'].n} questions"
+    asked = f"{sizes([found[role] for role in ('unlearned', 'original', 'retrained') if role in found])} questions"
     if run.get("unlearned", REWORDED_METRIC) is None:
         asked = f"up to {asked}: {', '.join(WORDINGS)}"
     return [f"Asked in other words, the true answers are given {listed} (per token; {asked})."]
@@ -130,7 +130,8 @@ def _forgotten(run: Reported) -> list[object]:
         says.append(f"the unlearned model agrees with the {truth} by {percent(after.value)}")
         says += [f"a model that never saw them by {percent(honest)}"] if honest is not None else []
         listed = ", ".join(says[:-1]) + (" and " if len(says) > 1 else "") + says[-1]
-        found.append(f"{situation}, {listed} (ROUGE-L over {after.n} {counted}).")
+        of = sizes([r for role in ROLES if (r := run.get(role, metric)) is not None])
+        found.append(f"{situation}, {listed} (ROUGE-L over {of} {counted}).")
     quality = run.get("unlearned", "forget_quality")
     if quality is not None and quality.value is not None:
         told = "not told apart" if quality.value >= QUALITY else "told apart"
@@ -143,23 +144,31 @@ def _forgotten(run: Reported) -> list[object]:
     return found
 
 
-def _asking(run: Reported) -> list[object]:
-    """Name the commands that ask in the other wordings, and that put what they find on the page."""
+def asking(run: Reported) -> tuple[str, str, str]:
+    """Return commands, ready for a shell: what asks the run's own rows in every wording, what attacks it, and the report's."""
     folder = "RUN" if run.folder is None else str(run.folder)
     quoted = shlex.quote
     model, forget = (quoted(str(run.settings.get(name, name.upper()))) for name in ("model", "forget"))
     retain = quoted(str(run.settings.get("retain", "RETAIN") or f"{folder}/retain.jsonl"))
-    which = f" --model {model} --adapter {quoted(f'{folder}/adapter')}"
+    which, before = f" --model {model} --adapter {quoted(f'{folder}/adapter')}", ""
     if run.kind == "model":
-        which = f" --model {quoted(f'{folder}/model')} --before {model}"
+        which, before = f" --model {quoted(f'{folder}/model')}", f" --before {model}"
     honest = next((r.provenance.get("settings", {}).get("model") for r in run.records if r.model == "retrained"), None)
     reference = f" --retrained {quoted(honest)}" if honest else ""
     ask = (
-        f"alter evaluate --benchmark rows{which} --forget {forget} --retain {retain}{reference} --name unlearned "
+        f"alter evaluate --benchmark rows{which}{before} --forget {forget} --retain {retain}{reference} --name unlearned "
         "--json asked.json"
     )
-    page = f"alter report {quoted(folder)} --records asked.json"
-    return [join([tag("code", ask), ", then ", tag("code", page), ", asks in these words too."])]
+    attack = f"alter attack{which} --forget {forget}{reference or ' --retrained RETRAINED'} --out attacks"
+    return ask, attack, f"alter report {quoted(folder)}"
+
+
+def _asking(run: Reported) -> list[object]:
+    """Name the commands that ask in the other wordings, and that put what they find on the page."""
+    ask, _, page = asking(run)
+    return [
+        join([tag("code", ask), ", then ", tag("code", f"{page} --records asked.json"), ", asks in these words too."])
+    ]
 
 
 def _cost(run: Reported) -> list[object]:
@@ -169,7 +178,8 @@ def _cost(run: Reported) -> list[object]:
         if before and after is not None:
             share = after / before
             noticed = "nothing that is noticeable" if share >= UTILITY else "a noticeable loss"
-            found.append(f"{percent(share)} of {words} is left: {noticed}.")
+            of = sizes([run.get(model, metric) for model in ("unlearned", "original")])
+            found.append(f"{percent(share)} of {words} is left (n = {of}): {noticed}.")
             break
     if not found and run.told is not None:
         found += [told_of_kept(form, kept) for form, kept in run.told["kept"].items()]
@@ -233,17 +243,23 @@ def evidence(run: Reported) -> list[Html]:
     return [*shown, tag("p", "; ".join(facts), class_="small soft")] if facts else shown
 
 
-def summary_section(run: Reported, level: int) -> list[Html]:
-    """Return the summary: what was to be forgotten, whether it was, what it cost, what recovers it, and the limits."""
+def summary_section(run: Reported, level: int, *, commands: bool = True) -> list[Html]:
+    """Return the summary: what was to be forgotten, whether it was, what it cost, what recovers it, and the limits.
+
+    Args:
+        run: the run.
+        level: of the headings.
+        commands: name the commands that measure what is missing, which hold paths of this machine.
+    """
     asked: list[object] = []
     if run.settings:
         names = run.parts()
         listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         own = ", each with an expert of its own" if run.facts["router"] else ""
-        parts = f" It has {len(names)} parts ({listed}){own}." if len(names) > 1 else ""
+        parts = f" What was to be forgotten has {len(names)} parts ({listed}){own}." if len(names) > 1 else ""
         asked.append(
-            f"The model {run.settings['model']} was to forget {run.settings['forget']} and to keep "
-            f"{run.settings['retain'] or 'what it says of itself of ordinary things (retain.jsonl)'}.{parts}"
+            f"The model {called(run.settings['model'])} was to forget {called(run.settings['forget'])} and to keep "
+            f"{called(run.settings['retain'] or '') or 'what it says of itself of ordinary things (retain.jsonl)'}.{parts}"
         )
     else:
         asked.append("The records do not say; no run was given.")
@@ -255,7 +271,7 @@ def summary_section(run: Reported, level: int) -> list[Html]:
     # green is for what rests on enough rows and on the other wordings too
     plain = few or (found == "yes" and missing)
     did: list[object] = [tag("span", headline(run), class_=f"verdict {tone if tone and not plain else ''}".strip())]
-    if missing:
+    if missing and commands:
         did += _asking(run)
     if few:
         did.append(f"Only {n} rows stand behind this, fewer than {FIRM}: it is a first look, no proof.")
