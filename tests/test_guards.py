@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from alter import cli
@@ -587,6 +588,20 @@ def test_prompts_that_eco_does_not_know_are_answered_and_scored_bit_for_bit(fold
     engine.close()
     assert [job.text for job in jobs] == alone
     assert alone[1:] == [generate(base, tokenizer, [prompt], **given)[0] for prompt in ask[:2]]
+
+
+@pytest.mark.parametrize("kind", ["o3", "eco", "neurons", "key_space"])
+def test_a_guard_that_would_recognise_nothing_is_not_loaded(folder, tmp_path, kind):
+    shutil.copytree(adapter(folder, kind), tmp_path / "guard")
+    own = next(path for path in sorted((tmp_path / "guard").glob("*.safetensors")))
+    tensors = load_file(own)
+    next(value for value in tensors.values() if value.is_floating_point()).view(-1)[0] = math.nan
+    save_file(tensors, own)
+    with pytest.raises(UserError, match="holds NaN or infinite values, so that it would hold nothing back"):
+        load_model(str(folder / "model"), str(tmp_path / "guard"), device="cpu")
+    own.unlink()
+    with pytest.raises(UserError, match=r"cannot be read .*: copy the guard's whole folder"):
+        load_model(str(folder / "model"), str(tmp_path / "guard"), device="cpu")
 
 
 def test_a_guard_is_not_written_over_anything(folder, tmp_path, capsys):

@@ -35,6 +35,7 @@ from alter.data.sources import from_anywhere
 from alter.models.loading import load_model
 from alter.requests import concluding, work
 from alter.requests import rows as request_rows
+from alter.requests.bases import present
 from alter.requests.chain import entry_hash, record_hash
 from alter.requests.commands import Purge, Revoke, RunRequests, purge, revoke, run
 from alter.requests.connection import without_password
@@ -1384,6 +1385,22 @@ def test_after_a_purge_what_cannot_be_measured_says_why(three, tmp_path, capsys)
         export_requests(ExportRequests(db=store.url, out=str(tmp_path / "out"), form="weights", final=True))
 
 
+def test_purge_removes_no_adapter_beside_an_old_copy_of_the_database(three, tmp_path):
+    store, copy = copied(three, tmp_path)
+    # in force is what a later run made, of which this database knows nothing
+    later = copy / "work" / "adapters" / "0004"
+    shutil.copytree(copy / "work" / "adapters" / "0003", later)
+    (later / "requests.json").write_text(json.dumps({**manifest(present(store)), "version": 4}))
+    (copy / "work" / "adapter").unlink()
+    (copy / "work" / "adapter").symlink_to("adapters/0004")
+    there = sorted((copy / "work" / "adapters").iterdir())
+    removed, left = purge(Purge(db=store.url, id="2"))
+    assert "subject of R-0002 in the database" in removed
+    assert not any("adapters" in line for line in removed)
+    assert any("is not the one that the history names, so none was removed" in line for line in left)
+    assert sorted((copy / "work" / "adapters").iterdir()) == there
+
+
 def test_purge_says_what_is_gone_and_what_is_not(data, tmp_path):
     store = start(data, tmp_path)
     add(Add(db=store.url, subject="Ada Lovelace", data=str(data / "Ada.jsonl"), keep_text=True))
@@ -1392,7 +1409,8 @@ def test_purge_says_what_is_gone_and_what_is_not(data, tmp_path):
     removed, left = purge(Purge(db=store.url, id="1"))
     assert {line.partition(" of R-0001")[0] for line in removed[-4:]} == {"subject", "text", "location", "row hashes"}
     assert any(str(data / "Ada.jsonl") in line for line in left)
-    assert any("base model" in line for line in left)
+    # nothing keeps it from saying what was revoked
+    assert any(line.endswith("still knows what it knew.") for line in left)
     for path in tmp_path.glob("requests.db*"):
         assert b"Lovelace" not in path.read_bytes()
         assert b"In town" not in path.read_bytes()

@@ -161,7 +161,7 @@ class MakeGuard(BaseModel):
     model: str
     """Model: local folder, hub id, file.gguf, or builtin:NAME."""
     forget: str | None = None
-    """Rows to forget, for eco: file, folder, or tofu:SPLIT."""
+    """Rows to forget, for all kinds but alu: file, folder, or tofu:SPLIT."""
     retain: str | None = None
     """Rows to keep; the shipped sample of ordinary text joins them."""
     guard: Annotated[Maker, OneOf(MAKERS)] = Eco()

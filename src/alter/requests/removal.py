@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 
 from alter.core import UserError
+from alter.requests.checking import noted_adapter
 from alter.requests.project import Project
 from alter.requests.records import HELD, IN_FORCE, Request
 from alter.requests.store import Store
-from alter.requests.versions import manifest
+from alter.requests.versions import adapter_digest, manifest
 
 OF_A_RUN = re.compile(r"\.?([0-9a-f]{24}|weights)(\.jsonl.*)?")
 """Names in `runs/`: a run's key or the weights of an export, as a folder or as rows, also half-written."""
@@ -76,9 +77,11 @@ def remove_kept(
             f"{request.name}`), or run it."
         )
     removed = [f"{path} (left by a run)" for path in sweep(project)]
+    # beside an old copy of database or folder, the adapter that the history names may be one of the earlier ones
+    sound = adapter_digest(project) == noted_adapter(store)
     current = f"{manifest(project)['version']:04d}"
     for folder in sorted((project.root / "adapters").glob("[0-9]*")):
-        if folder.name.isdecimal() and folder.name != current:
+        if sound and folder.name.isdecimal() and folder.name != current:
             shutil.rmtree(folder)
             removed.append(f"{folder} (an adapter that is in force no more)")
     removed += _remove_earlier(project)
@@ -91,14 +94,20 @@ def remove_kept(
             f"The model {first}, from which base {project.base} was made, still knows what it knew: delete its copies."
         ]
     else:
+        only = ": the adapter only keeps it from saying so" if request.state in IN_FORCE else ""
         left = [
-            f"The base model {project.model} still knows what it knew: the adapter only keeps it from saying so.",
+            f"The base model {project.model} still knows what it knew{only}.",
             *([f"So does {first}, from which that was made."] if project.base else []),
         ]
     if request.state in IN_FORCE:
         left.append(
             f"Without its rows {request.name} can no longer be measured, nor can what is in force be distilled: that takes the rows "
             "of every request in force."
+        )
+    if not sound:
+        left.append(
+            f"The adapters in {project.root / 'adapters'}: the one in force is not the one that the history names, so none was removed. "
+            "Put database and folder back from one copy, and purge again."
         )
     if location and Path(location).exists():
         left.append(f"The rows themselves at {location}: delete them if they must go.")

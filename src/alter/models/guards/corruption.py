@@ -9,13 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from alter.core import UserError, as_input
-from alter.models.guards.form import Guard, places
+from alter.core import as_input
+from alter.models.guards.form import Guard, places, read_tensors
 from alter.models.guards.likeness import mean_states
 
 CLASSIFIER = "classifier.safetensors"
@@ -69,10 +67,7 @@ class Corrupted(Guard):
     @classmethod
     def read(cls, base: Any, path: Path, settings: dict[str, Any]) -> Corrupted:
         """See `Guard.read`."""
-        try:
-            found = load_file(str(path / CLASSIFIER))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path / CLASSIFIER} cannot be read ({error}): copy the guard's whole folder.") from None
+        found = read_tensors(path / CLASSIFIER)
         return cls(base, PromptClassifier(found["weight"], found["bias"], settings["depth"]), settings)
 
     def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -90,7 +85,7 @@ class Corrupted(Guard):
         asked = lengths if prompts is None else torch.tensor(list(prompts), device=ids.device).minimum(lengths)
         with torch.no_grad():
             given = {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
-            states = self.base(**given, use_cache=False, logits_to_keep=1, output_hidden_states=True).hidden_states
+            states = self.base(**given, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
             inside = mask.bool() & (mask.cumsum(1) <= asked[:, None])
             flagged = self.classifier(states, inside.long()) > self.settings["threshold"]
         return torch.where(flagged, (asked - 1).clamp(min=0), 0).float()

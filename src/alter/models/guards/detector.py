@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from alter.core import UserError, as_input, progress
 from alter.data import Collator, Encoded
 from alter.models.attach import attach
-from alter.models.guards.form import FORM_FILE, Form, Guard, check_base, is_form, lora_folder, places
+from alter.models.guards.form import FORM_FILE, Form, Guard, check_base, is_form, lora_folder, places, read_tensors
 from alter.models.guards.likeness import Calibration, Detector, Likeness, mean_states
 from alter.storage import read_object
 
@@ -161,11 +161,11 @@ def features_of(path: Path, settings: Mapping[str, Any]) -> list[Tensor]:
     """Read the features [n, L, H] of each request's detector, the first request's first.
 
     Raises:
-        UserError: the folder was written before detectors were kept apart.
+        UserError: the folder was written before detectors were kept apart, or see `read_tensors`.
     """
     if "calibrations" not in settings:
         raise UserError(f"{path} was written by another version of alter, with one detector for all: train it again.")
-    found = load_file(str(path / FEATURES))
+    found = read_tensors(path / FEATURES)
     return [found[str(place)] for place in range(len(settings["calibrations"]))]
 
 

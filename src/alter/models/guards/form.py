@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -218,6 +221,24 @@ def layers_behind(cache: DynamicCache, blocks: int, count: int, kind: type[Dynam
         cache.layers.append(DynamicLayer() if len(cache.layers) < blocks else kind())
     layers: list[Any] = cache.layers
     return layers[blocks:]
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read the tensors that a guard looks at prompts with.
+
+    Raises:
+        UserError: the file is missing or broken, or holds NaN or infinite values, with which a guard would recognise nothing.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(str(file))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}): copy the guard's whole folder.") from None
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"{file} is broken: {name} holds NaN or infinite values, so that it would hold nothing back. Make it again."
+            )
+    return tensors
 
 
 def is_form(folder: str) -> bool:

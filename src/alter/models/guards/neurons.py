@@ -9,13 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from alter.core import UserError, as_input
-from alter.models.guards.form import Guard, places
+from alter.models.guards.form import Guard, places, read_tensors
 
 NEURONS = "neurons.safetensors"
 """File of a guard's folder with what was seen on forget and retain rows."""
@@ -62,14 +60,6 @@ def by_token(values: Tensor, shape: Sequence[int]) -> Tensor:
     return values.reshape(*shape, values.shape[-1])
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(str(path / NEURONS))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path / NEURONS} cannot be read ({error}): copy the guard's whole folder.") from None
-    return tensors
-
-
 class Adjusted(Guard):
     """A model some of whose feed-forward neurons are moved where they look as on forget rows (`moved`).
 
@@ -96,7 +86,7 @@ class Adjusted(Guard):
     def read(cls, base: Any, path: Path, settings: dict[str, Any]) -> Adjusted:
         """See `Guard.read`."""
         neurons: dict[str, dict[str, Tensor]] = {}
-        for key, value in _read(path).items():
+        for key, value in read_tensors(path / NEURONS).items():
             name, _, part = key.rpartition("/")
             neurons.setdefault(name, {})[part] = value
         return cls(base, neurons, settings)
@@ -150,7 +140,7 @@ class Abstaining(Guard):
     @classmethod
     def read(cls, base: Any, path: Path, settings: dict[str, Any]) -> Abstaining:
         """See `Guard.read`."""
-        found = _read(path)
+        found = read_tensors(path / NEURONS)
         return cls(base, found["mean"], found["std"], settings)
 
     def decide(self, ids: Tensor, mask: Tensor | None, prompts: Sequence[int] | None = None) -> Tensor:
