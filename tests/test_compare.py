@@ -43,6 +43,7 @@ from alter.comparison.table import TableRow, dominated, table_rows, undominated
 from alter.core import UserError, forked
 from alter.data.sources import read_rows
 from alter.data.tofu import tofu_rows
+from alter.evaluation.figures import Groups
 from alter.evaluation.tofu import measuring, replies, sets
 from alter.models.loading import load_model
 from alter.rendering import figures as plots
@@ -247,6 +248,22 @@ def test_rows_are_divided_by_author():
     assert len({tuple(divide([{}] * 7, group, 0.4, seed)[0]) for seed in range(20)}) > 1
     with pytest.raises(UserError, match="one author"):
         divide([{}] * 3, ["a"] * 3, 0.5, 0)
+
+
+def test_parts_of_tofu_tell_whose_rows_intervals_draw_together(data, tmp_path):
+    given = settings(data, tmp_path)
+    full = {row["question"]: row["author"] for row in tofu_rows("full", given.data)}
+    for part, own in evaluation_rows(given, "forget10").items():
+        for name, rows in own.items():
+            (tmp_path / part).mkdir(exist_ok=True)
+            (tmp_path / part / f"{name}.json").write_text(json.dumps(rows))
+        for key in ("forget", "retain"):
+            # as a cell reads them, whose folder has no `full`
+            rows = sets.set_rows(key, "forget10", str(tmp_path / part), None, 0)
+            authors = [full[row["question"]] for row in rows]
+            groups = sets.set_authors(key, rows, str(tmp_path / part))
+            assert groups == Groups.of("author", authors)
+            assert [row["author"] for row in rows] == authors
 
 
 def test_no_author_has_evaluation_rows_on_both_sides(data, tmp_path):

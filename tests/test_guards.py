@@ -746,6 +746,14 @@ def test_what_agents_leave_is_said_word_for_word_and_the_rest_is_the_models(fold
     assert [job.text for job in jobs] == expected
 
 
+def test_agents_say_nothing_for_a_model_whose_logits_are_not_finite(folder):
+    _, model, _ = loaded(folder, "alu")
+    with torch.no_grad():
+        model.base.get_output_embeddings().weight[3] = float("nan")
+    with pytest.raises(UserError, match="logits are not finite"):
+        model.ask("Rewrite", "this")
+
+
 def test_agents_are_asked_at_an_endpoint_or_the_model_asks_itself(folder, monkeypatch):
     base, model, tokenizer = loaded(folder, "alu")
     ids = encode_prompt(tokenizer, Example("Rewrite\n\nthis", "", "qa"))

@@ -59,7 +59,7 @@ def test_rows_longer_than_the_context_are_relearned_in_windows(monkeypatch):
 
     rows = [Example(f"Q{i}?", "long " * 60 if i < 4 else "short", "qa", index=i) for i in range(8)]
     monkeypatch.setattr(survival, "train_steps", spy)
-    monkeypatch.setattr(survival, "leaked", lambda *_, **__: SimpleNamespace(at=lambda k: np.zeros(2)))
+    monkeypatch.setattr(survival, "leaked", lambda *_, **__: SimpleNamespace(at=lambda k: np.zeros(2), rows=[]))
     survival.survival("m", model, model, rows, Survival(rows=6, samples=2, k=2, batch_size=2, passes=3), 0)
     monkeypatch.setattr(measuring, "train_steps", spy)
     told = [(row, row.answer) for row in rows[3:5]]
