@@ -156,7 +156,8 @@ def unlearn(
     """Make a model forget, as `alter unlearn` does.
 
     Args:
-        model: folder, hub id, builtin:NAME, or a transformers model in memory, which is copied and stays as it is.
+        model: folder, hub id, builtin:NAME, or a causal model of transformers in memory, without an adapter, which is copied and stays
+            as it is.
         forget: the forget set.
         retain: the retain set; None: the untouched model's own answers to ordinary questions, and texts of its own.
         out: folder of the run.
@@ -331,11 +332,11 @@ def attack(
         return run(chosen)
 
 
-def compare(settings: Compare | None = None, **keywords: Any) -> list[Any]:
+def compare(settings: Compare | Mapping[str, Any] | None = None, **keywords: Any) -> list[Any]:
     """Compare methods with an equal budget, as `alter compare` does.
 
     Args:
-        settings: all settings in one object, which keywords override.
+        settings: all settings in one object, which keywords override; or, as the comparison's own setting of that name, each row's.
         keywords: settings of the comparison, such as `methods=["alter", "npo"]`; rows by the names of their files, which the cells' own
             processes read.
 
@@ -348,6 +349,8 @@ def compare(settings: Compare | None = None, **keywords: Any) -> list[Any]:
     from alter.comparison import Compare as Kind
     from alter.comparison import compare as run
 
+    if isinstance(settings, Mapping):
+        keywords, settings = {**keywords, "settings": settings}, None
     chosen = _settings(Kind, settings, keywords)
     with _as_library():
         return list(run(chosen))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from alter.models import ModelSettings
+from alter.plugins import NamesOf
 from alter.settings import BatchSize, Count, OutFolder, Rows, Seed, Steps, Temperature, Tokens
 
 
@@ -47,7 +49,7 @@ class Attack(ModelSettings):
     """The model that never saw them, the honest zero: folder, hub id or builtin:NAME. Without it no fraction."""
     original: str | None = None
     """The model before unlearning; by default `model` without its adapter."""
-    attacks: list[str] = Field(default_factory=list)
+    attacks: Annotated[list[str], NamesOf("alter.attacks.techniques", "ATTACKS")] = Field(default_factory=list)
     """Which attacks, by name or comma-separated; by default all that the data and the adapter allow."""
     out: OutFolder = "runs/attack"
     """Folder for results; what it already holds of the same models, data, settings and code is not run again."""
