@@ -9,6 +9,7 @@ import tyro
 from pydantic import BaseModel
 
 from alter.attacks import ATTACKS
+from alter.attacks.settings import OWN
 from alter.cli import STATUSES, main
 from alter.commands import COMMANDS
 from alter.core.deferral import deferred
@@ -69,6 +70,7 @@ def test_the_help_of_attack_names_every_attack(capsys):
     with pytest.raises(SystemExit):
         main(["attack", "--help"])
     said = capsys.readouterr().out
+    assert list(ATTACKS) == OWN.split()
     assert all(name in said for name in ATTACKS)
 
 

@@ -272,19 +272,23 @@ class OneOf:
 
 @dataclass(frozen=True)
 class NamesOf:
-    """Marks a field that holds names of a registry's parts, which help and completion list.
+    """Marks a field that holds names of a registry's parts, which help and completion list without loading alter's own parts.
 
     Attributes:
-        module: where the registry is, imported when its names are asked for.
+        own: names of alter's own parts, with blanks between.
+        module: where the registry is; a plugin that adds to it has imported it.
         registry: its name there.
     """
 
+    own: str
     module: str
     registry: str
 
     def names(self) -> list[str]:
         """Return the names, plugins' among them."""
-        return list(getattr(importlib.import_module(self.module), self.registry))
+        load_plugins()
+        loaded = sys.modules.get(self.module)
+        return self.own.split() if loaded is None else list(getattr(loaded, self.registry))
 
 
 BENCHMARKS: Registry[tuple[str, str]] = Registry(
