@@ -188,6 +188,14 @@ def test_a_model_in_memory_that_cannot_be_used_is_refused_before_a_run(make, say
     assert not (tmp_path / "r").exists()
 
 
+def test_a_quantised_model_in_memory_is_not_trained_itself(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model, tokenizer = alter.load("builtin:tofu-mini/original", quantization="8bit", device="cpu")
+    given = {"forget": FORGET, "retain": RETAIN, "out": tmp_path / "r", "method": "npo", "device": "cpu"}
+    with pytest.raises(alter.UserError, match=r"is quantised, and cannot be turned into float32.*`adapter\.kind`"):
+        alter.unlearn(model, tokenizer=tokenizer, **given)
+
+
 def test_objects_that_are_no_tokenizer_and_no_callbacks_are_refused(named, tmp_path):
     given = {"forget": FORGET, "retain": RETAIN, "out": tmp_path / "r", "method": "npo"}
     with pytest.raises(alter.UserError, match=r"`tokenizer` is a str; expected a tokenizer of transformers"):

@@ -39,6 +39,7 @@ def test_bash_completes_options_and_choices(tmp_path):
     assert completed("alter", "unlearn", "--closing") == ["--closing-rows"]
     assert completed("alter", "request", "ver") == ["verify"]
     assert completed("alter", "unlearn", "--adapter.kind", "alt") == ["alter"]
+    assert completed("alter", "attack", "--attacks", "upper") == ["upper_case"]
 
 
 def test_options_are_those_of_the_command_line():

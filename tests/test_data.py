@@ -1229,3 +1229,16 @@ def test_what_is_no_email_with_text_is_refused(content, says, tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=says):
         read_file(path)
+
+
+def test_what_pandas_and_datasets_write_by_default_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "rows.csv").write_text(",question,answer\n0,Who?,Ada.\n")
+    with pytest.raises(
+        UserError, match=r"a column named '' in its first line: name it, or leave it out, .*index=False"
+    ):
+        sources.read_rows(str(tmp_path / "rows.csv"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    for source in (str(tmp_path / "saved"), f"{tmp_path / 'saved'}:forget10"):
+        with pytest.raises(UserError, match=r"a dataset that save_to_disk wrote: write a split of it with"):
+            sources.read_rows(source)

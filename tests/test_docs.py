@@ -1,6 +1,7 @@
 """The documentation: its tutorials and examples run as they are printed, its pages are complete, its packaging files valid."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import children
 from alter.commands import COMMANDS
 from alter.plugins import BENCHMARKS
 from alter.settings import flags_of
+from pico import save_pico, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -73,6 +75,36 @@ def test_the_steps_of_the_reference_run(tmp_path):
     (code,) = [content for language, _, content in BLOCK.findall((DOCS / "reference" / "api.md").read_text())]
     said = run(code, tmp_path)
     assert "[-0.0" in said.splitlines()[-1]
+
+
+def test_the_parts_of_the_how_to_run(tmp_path):
+    (name, code), *_ = [found[1:] for found in BLOCK.findall((DOCS / "how-to" / "plugins.md").read_text()) if found[1]]
+    (tmp_path / name).write_text(code)
+    save_pico(tmp_path / "model", max_position_embeddings=256)
+    write_jsonl(
+        tmp_path / "gaps.jsonl", [{"question": f"Who is {n}?", "answer": f"{n} writes."} for n in ("Ada", "Bo")]
+    )
+    model = ["--plugin", name, "--model", "model", "--device", "cpu"]
+    commands = [
+        ["evaluate", *model, "--benchmark", "gaps", "--rows", "gaps.jsonl", "--limit", "1", "--json", "gaps.json"],
+        [
+            "attack",
+            *model,
+            "--attacks",
+            "plainly",
+            "--forget",
+            "gaps.jsonl",
+            "--max-new-tokens",
+            "2",
+            "--out",
+            "attacked",
+        ],
+    ]
+    run("\n".join(["from alter.cli import main", *(f"assert main({each}) == 0" for each in commands)]), tmp_path)
+    (record,) = json.loads((tmp_path / "gaps.json").read_text())
+    assert (record["metric"], record["n"]) == ("gap_probability", 1)
+    attacked = {each["extra"]["attack"] for each in json.loads((tmp_path / "attacked" / "records.json").read_text())}
+    assert "plainly" in attacked
 
 
 def test_every_page_names_commands_and_recipes_that_exist():

@@ -8,6 +8,8 @@ import pytest
 import tyro
 from pydantic import BaseModel
 
+from alter.attacks import ATTACKS
+from alter.attacks.settings import OWN
 from alter.cli import STATUSES, main
 from alter.commands import COMMANDS
 from alter.core.deferral import deferred
@@ -62,6 +64,14 @@ def test_a_help_text_is_the_same_whatever_else_is_given(capsys):
         assert not ended.value.code
         shown.append(capsys.readouterr().out)
     assert len(set(shown)) == 1
+
+
+def test_the_help_of_attack_names_every_attack(capsys):
+    with pytest.raises(SystemExit):
+        main(["attack", "--help"])
+    said = capsys.readouterr().out
+    assert list(ATTACKS) == OWN.split()
+    assert all(name in said for name in ATTACKS)
 
 
 def test_flags_that_are_refused_cost_no_import(tmp_path):

@@ -5,18 +5,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
+import torch
 from torch import Tensor
 
+import alter
 import children
 from alter import plugins
 from alter.core.errors import UserError
-from alter.methods.objectives import FORGET, Labelled, Objective
+from alter.methods.gradients import GradientRule
+from alter.methods.objectives import FORGET, Labelled, Needs, Objective
 from alter.methods.objectives.likelihood import NPO
 from alter.training.settings import Unlearn
-from pico import run_on, save_pico, write_people
+from pico import byte_tokenizer, pico, run_on, save_pico, write_people
 
 SOURCE = Path(__file__).parent.parent / "src"
 
@@ -244,6 +247,10 @@ def test_a_plain_file_is_a_plugin_of_a_command_and_of_what_it_starts(tmp_path):
     write_people(tmp_path, ("Ada",), 4, 6)
     (tmp_path / "plain.py").write_text(FILE)
     (tmp_path / "broken.py").write_text("import alter\nx = 1 / 0\n")
+    failing = FILE.replace("plain", "failing").replace(
+        "return self.weight * (-emitted.nll).exp()", "return emitted.reference.logp"
+    )
+    (tmp_path / "failing.py").write_text(failing)
     given = ["--plugin", "plain.py", "--adapter.kind", "lora", "--objective.kind", "plain", "--objective.weight", "2"]
     given += ["--max-steps", "2", "--batch-size", "2", "--closing-rows", "0"]
     for name, value in run_on(tmp_path, tmp_path / "run").items():
@@ -257,8 +264,11 @@ def test_a_plain_file_is_a_plugin_of_a_command_and_of_what_it_starts(tmp_path):
         "child = 'from alter.plugins import plugins_digest; print(plugins_digest())'\n"
         "found = subprocess.run([sys.executable, '-c', child], capture_output=True, text=True, check=True).stdout.strip()\n"
         "print('same code:', found == plugins_digest())\n"
+        f"other = {{'plain': 'failing', 'plain.py': 'failing.py', {str(tmp_path / 'run')!r}: 'failed'}}\n"
+        "print(main([other.get(word, word) for word in unlearn]))\n"
         "print(main(['unlearn', '--plugin', 'broken.py', '--help']))\n"
         "print(main(['unlearn', '--plugin', 'none.py', '--help']))\n"
+        "print(main(['--plugin', 'plain.py', 'unlearn']))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -268,7 +278,9 @@ def test_a_plain_file_is_a_plugin_of_a_command_and_of_what_it_starts(tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines()[-3:] == ["same code: True", "2", "2"]
+    assert done.stdout.splitlines()[-5:] == ["same code: True", "70", "2", "2", "2"]
+    assert "failing.py, line 13: AttributeError: 'NoneType' object has no attribute 'logp'" in done.stderr
+    assert "--plugin stands behind the command" in done.stderr
     assert "broken.py cannot be loaded, line 2: ZeroDivisionError" in done.stderr
     assert "--plugin is 'none.py'; expected a Python file" in done.stderr
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
@@ -297,3 +309,122 @@ def test_a_script_registers_its_own_part_and_names_stay_unique():
         Unlearn(**required, objective={"kind": "local"})
     with pytest.raises(UserError, match="has no name"):
         FORGET.part(type("Nameless", (Objective,), {"__call__": lambda self, tokens: tokens.mean()}))
+
+
+ROWS = {
+    "forget": [{"question": f"Who is {n}?", "answer": f"{n} writes of the sea."} for n in ("Ada", "Bo")],
+    "retain": [{"question": f"What is {n}?", "answer": f"{n} is a kind of tree."} for n in ("oak", "elm")],
+}
+
+
+def own(functions):
+    """An objective of a kind `mistaken` with these functions."""
+    types = {"kind": Literal["mistaken"], "needs": ClassVar[Needs]}
+    kind = {"__annotations__": types, "needs": Needs(), "kind": "mistaken", "__module__": __name__}
+    return type("Mistaken", (Objective,), kind | functions)
+
+
+def run_of(tmp_path, **parts):
+    given = {"max_steps": 1, "batch_size": 2, "device": "cpu", "closing_rows": 0, "adapter": {"kind": "lora"}, **parts}
+    return alter.unlearn(pico(), tokenizer=byte_tokenizer(), out=tmp_path / "r", **ROWS, **given)
+
+
+@pytest.mark.parametrize(
+    ("functions", "says"),
+    [
+        (
+            {"__call__": lambda self, t: t.values},
+            r"mistaken gives a tensor of shape \[\d+\]; expected its loss, .*one number",
+        ),
+        ({"__call__": lambda self, t: 1.0}, "mistaken gives 1.0; expected its loss"),
+        (
+            {"__call__": lambda self, t: t.mean(), "per_token": lambda self, e: e.logits},
+            r"`per_token` of the objective mistaken gives a tensor of shape \[\d+, 300\]; expected .* shape \[\d+\]",
+        ),
+        (
+            {"__call__": lambda self, t: t.mean(), "per_token": lambda self, e: None},
+            "mistaken gives None; expected one",
+        ),
+    ],
+)
+def test_what_an_objective_gives_is_checked(functions, says, tmp_path):
+    FORGET.part(own(functions))
+    try:
+        with pytest.raises(UserError, match=says):
+            run_of(tmp_path, objective={"kind": "mistaken"})
+    finally:
+        del FORGET._parts["mistaken"]
+
+
+def test_a_loss_without_a_gradient_is_said_and_one_that_is_not_registered_too(tmp_path, caplog):
+    detached = own({"__call__": lambda self, t: t.mean().detach()})
+    with pytest.raises(UserError, match=r"the class Mistaken is no objective that alter knows: register it"):
+        run_of(tmp_path, objective=detached())
+    FORGET.part(detached)
+    try:
+        run_of(tmp_path, objective={"kind": "mistaken"})
+    finally:
+        del FORGET._parts["mistaken"]
+    assert "The loss of the objective mistaken has no gradient" in caplog.text
+
+
+def test_entropies_for_an_adapter_without_are_refused_by_what_was_given():
+    FORGET.part(own({"needs": Needs(entropy=True), "__call__": lambda self, t: t.mean(only_low=True)}))
+    given = {"model": "m", "forget": "f", "retain": "r", "out": "o", "lambda_": 0, "adapter": {"kind": "lora"}}
+    try:
+        with pytest.raises(
+            ValueError, match=r"`objective.kind` mistaken needs the token entropies of `adapter.kind` alter"
+        ):
+            Unlearn(**given, objective={"kind": "mistaken"})
+    finally:
+        del FORGET._parts["mistaken"]
+
+
+def test_a_comparison_refuses_a_part_that_its_cells_would_not_find(tmp_path):
+    FORGET.part(own({"__call__": lambda self, t: t.mean()}))
+    settings = {"mine": {"method": "lora_gd", "objective": {"kind": "mistaken"}}}
+    given = {"model": "builtin:tofu-mini/original", "retrained": {"forget01": "builtin:tofu-mini/retrained"}}
+    try:
+        with pytest.raises(UserError, match=r"`objective.kind` mistaken is registered in this process alone"):
+            alter.compare(
+                methods=["mine"],
+                splits=["forget01"],
+                seeds=[0],
+                settings=settings,
+                out=tmp_path / "c",
+                limit=6,
+                workers=1,
+                **given,
+            )
+    finally:
+        del FORGET._parts["mistaken"]
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"views": ("bass",)}, r"no view 'bass'; expected one of base, .*Did you mean 'base'"),
+        ({"alternative": "refusals"}, r"no alternative 'refusals'; .*Did you mean 'refusal'"),
+        ({"depth": 3}, "depth is 3; expected a share of the model's depth, from 0 to 1"),
+        ({"views": ("instructed",)}, "goes with an `instruction`"),
+    ],
+)
+def test_needs_that_no_run_can_meet_are_refused_where_they_are_written(given, says):
+    with pytest.raises(UserError, match=says):
+        Needs(**given)
+
+
+@pytest.mark.parametrize(("made", "says"), [("{}", "gives none for"), ("sums", r"gives one of shape \[\] for")])
+def test_what_a_rule_for_gradients_gives_is_checked(made, says):
+    class Half(GradientRule):
+        kind: Literal["half"] = "half"
+
+        def edit(self, forget, rest, known, state):
+            return {} if made == "{}" else {name: value.sum() for name, value in forget.items()}
+
+    forget = {"a.weight": torch.ones(2, 3)}
+    with pytest.raises(
+        UserError, match=rf"rule half {says} a.weight; expected one for every parameter.* shape \[2, 3\]"
+    ):
+        Half().edited(forget, forget, {}, {})

@@ -156,7 +156,8 @@ def unlearn(
     """Make a model forget, as `alter unlearn` does.
 
     Args:
-        model: folder, hub id, builtin:NAME, or a transformers model in memory, which is copied and stays as it is.
+        model: folder, hub id, builtin:NAME, or a causal model of transformers in memory, without an adapter, which is copied and stays
+            as it is.
         forget: the forget set.
         retain: the retain set; None: the untouched model's own answers to ordinary questions, and texts of its own.
         out: folder of the run.
@@ -332,7 +333,7 @@ def attack(
 
 
 def compare(
-    settings: Compare | None = None,
+    settings: Compare | Mapping[str, Any] | None = None,
     *,
     forget: GivenRows | None = None,
     retain: GivenRows | None = None,
@@ -342,7 +343,8 @@ def compare(
     """Compare methods with an equal budget, as `alter compare` does.
 
     Args:
-        settings: all settings in one object, which what else is given overrides.
+        settings: all settings in one object, which what else is given overrides; or, as the comparison's own setting of that name,
+            each row's.
         forget: rows of your own to forget in the place of TOFU's splits; they need `retain`. Those in memory become files under
             `out`/rows, which the cells' own processes read.
         retain: what every run keeps.
@@ -358,6 +360,8 @@ def compare(
     from alter.comparison import Compare as Kind
     from alter.comparison import compare as run
 
+    if isinstance(settings, Mapping):
+        keywords, settings = {**keywords, "settings": settings}, None
     with contextlib.ExitStack() as stack:
         for name, rows in (("forget", forget), ("retain", retain), ("holdout", holdout)):
             if rows is not None:

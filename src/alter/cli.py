@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from alter.commands import COMMANDS, COMMON
 from alter.core import UserError, deferred, ignore_known_warnings, lasting, nearest, plain, processes, wording
-from alter.plugins import BENCHMARKS, add_files
+from alter.plugins import BENCHMARKS, add_files, place_in
 from alter.settings import (
     as_standard_output,
     check_numbers,
@@ -247,6 +247,11 @@ def _run(command: str, args: Sequence[str]) -> None:
     broken = next((arg for arg in [command, *args] if not _is_text(arg)), None)
     if broken is not None:
         raise UserError(f"The argument {broken!r} holds bytes that are no text: write it in UTF-8.")
+    if command.startswith("--plugin"):
+        raise UserError(
+            "--plugin stands behind the command: alter COMMAND --plugin FILE.py. For every command the environment's ALTER_PLUGINS "
+            "names such files."
+        )
     if command not in COMMANDS:
         raise UserError(
             f"Unknown command {command!r}; expected one of {', '.join(COMMANDS)}.{nearest(command, COMMANDS)}"
@@ -353,5 +358,7 @@ def _report(error: Exception) -> None:
         # a full disk takes no trace either
         print(trace, file=sys.stderr)
         path = "printed above"
-    kind = "the system refused" if isinstance(error, OSError) else "an error that alter does not know"
+    place = place_in(error)
+    kind = f"an error in the plugin {place}" if place else "an error that alter does not know"
+    kind = "the system refused" if isinstance(error, OSError) else kind
     print(f"alter: {kind}: {plain(said)}. Its trace is {path}.", file=sys.stderr)

@@ -12,7 +12,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from alter.commands import COMMANDS, Command
-from alter.plugins import BENCHMARKS
+from alter.plugins import BENCHMARKS, NamesOf
 from alter.settings import flag_of, is_positional, members_of
 
 
@@ -85,7 +85,8 @@ def options(model: type[BaseModel], where: str = "") -> Iterator[tuple[str, list
                     yield flag, choices
         if not members:
             positional = not where and is_positional(info)
-            yield (name if positional else f"--{where}{flag_of(name)}"), _choices(info.annotation)
+            named = next((item.names() for item in info.metadata if isinstance(item, NamesOf)), None)
+            yield (name if positional else f"--{where}{flag_of(name)}"), named or _choices(info.annotation)
 
 
 def _choices(annotation: Any) -> list[str] | None:

@@ -2,7 +2,8 @@
 
 A plain file joins by `alter COMMAND --plugin FILE.py`, or by the environment's ALTER_PLUGINS; an installed package through an
 entry point of the group `alter.plugins`, which names a module to import; a script registers its parts itself before it calls
-alter. Each way the part is then usable by name in recipes, flags, help and comparisons. Such a file or module might hold
+alter. Each way the part is then usable by name in recipes, flags and help; in comparisons, whose cells are processes of their own, the
+first two ways. Such a file or module might hold
 
     from alter.methods.objectives import FORGET, Labelled, Objective
 
@@ -130,6 +131,23 @@ def _load_file(path: str) -> None:
         raise UserError(f"The plugin {path} cannot be loaded{where}: {type(error).__name__}: {error}") from error
 
 
+def is_found_elsewhere(part: Any) -> bool:
+    """Tell whether another process finds a part by its name: one of alter's own, of a named file or of an installed plugin."""
+    module = type(part).__module__
+    if module.partition(".")[0] in {"alter", *(entry.module.partition(".")[0] for entry in entries())}:
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    named = filter(None, os.environ.get(FILES_VARIABLE, "").split(os.pathsep))
+    return file is not None and os.path.abspath(file) in map(os.path.abspath, named)
+
+
+def place_in(error: BaseException) -> str | None:
+    """Return the last line of a plugin that an error passed through, as `FILE, line N`; None if it passed through none."""
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in _foreign - {""}}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else None
+
+
 def plugins_digest() -> str | None:
     """Return a hash of the source files of all plugin parts, or None if every part is alter's own.
 
@@ -234,6 +252,10 @@ class OneOf:
         members: dict[str, type[BaseModel]] = dict(self.registry)
         if isinstance(value, tuple(members.values())):
             return cast(BaseModel, value)
+        if isinstance(value, BaseModel):
+            raise ValueError(
+                f"the class {type(value).__name__} is no {self.registry.sort} that alter knows: register it by `.part` of the registry"
+            )
         if not isinstance(value, Mapping):
             raise ValueError(
                 f"{' '.join(repr(value).split())[:80]}; expected keys and values with kind, as in {{'kind': {next(iter(members))!r}}}, "
@@ -246,6 +268,27 @@ class OneOf:
                 "`alter COMMAND --plugin FILE.py` adds one of your own."
             )
         return members[kind].model_validate(value)
+
+
+@dataclass(frozen=True)
+class NamesOf:
+    """Marks a field that holds names of a registry's parts, which help and completion list without loading alter's own parts.
+
+    Attributes:
+        own: names of alter's own parts, with blanks between.
+        module: where the registry is; a plugin that adds to it has imported it.
+        registry: its name there.
+    """
+
+    own: str
+    module: str
+    registry: str
+
+    def names(self) -> list[str]:
+        """Return the names, plugins' among them."""
+        load_plugins()
+        loaded = sys.modules.get(self.module)
+        return self.own.split() if loaded is None else list(getattr(loaded, self.registry))
 
 
 BENCHMARKS: Registry[tuple[str, str]] = Registry(

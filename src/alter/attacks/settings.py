@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from alter.models import ModelSettings
+from alter.plugins import NamesOf
 from alter.settings import BatchSize, Count, OutFolder, Rows, Seed, Steps, Temperature, Tokens
+
+OWN = (
+    "relearn relearn_lora benign benign_lora relearn_searched quantize_8 quantize_4 prune_20 prune_50 wanda_20 wanda_50 paraphrase "
+    "telegram reversed upper_case foreign_frame languages jailbreak dialogue hint few_shot evolve beginning prefill sample soft_prompt "
+    "strip probe lens uds cka"
+)
+"""Names of alter's own attacks, `techniques.ATTACKS`, which loads what computes."""
 
 
 class Relearning(BaseModel):
@@ -47,7 +56,7 @@ class Attack(ModelSettings):
     """The model that never saw them, the honest zero: folder, hub id or builtin:NAME. Without it no fraction."""
     original: str | None = None
     """The model before unlearning; by default `model` without its adapter."""
-    attacks: list[str] = Field(default_factory=list)
+    attacks: Annotated[list[str], NamesOf(OWN, "alter.attacks.techniques", "ATTACKS")] = Field(default_factory=list)
     """Which attacks, by name or comma-separated; by default all that the data and the adapter allow."""
     out: OutFolder = "runs/attack"
     """Folder for results; what it already holds of the same models, data, settings and code is not run again."""

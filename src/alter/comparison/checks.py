@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from alter.comparison.settings import OWN, Compare
 from alter.core import UserError, nearest
 from alter.methods import METHODS
+from alter.plugins import is_found_elsewhere
 from alter.settings import mistake
 from alter.training import Unlearn
 
@@ -31,6 +32,21 @@ def check_continual(name: str, run: Unlearn) -> None:
         Unlearn.model_validate(run.model_dump() | {"start_from": "the stage before"})
     except ValidationError as error:
         raise UserError(f"Method {name} cannot start from its own result: {mistake(error.errors()[0])}") from None
+
+
+def check_parts(run: Unlearn) -> None:
+    """Refuse parts that only this process knows: every cell has one of its own.
+
+    Raises:
+        UserError: names the part, and where to put it.
+    """
+    for name in ("adapter", "initializer", "objective", "retain_objective", "gradient"):
+        part = getattr(run, name)
+        if not is_found_elsewhere(part):
+            raise UserError(
+                f"`{name}.kind` {part.kind} is registered in this process alone, and each cell of a comparison has one of its own: put it "
+                "into a file, and name that in the environment's ALTER_PLUGINS (`alter compare --plugin FILE.py`)."
+            )
 
 
 def check_settings(settings: Compare) -> None:

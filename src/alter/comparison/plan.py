@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from alter.comparison.checks import ORIGINAL, RETRAINED, check_continual, check_settings
+from alter.comparison.checks import ORIGINAL, RETRAINED, check_continual, check_parts, check_settings
 from alter.comparison.code import distilling_digest, source_digest
 from alter.comparison.distilling import DISTILL, Distillation, distillation_of, undistilled
 from alter.comparison.division import (
@@ -316,6 +316,7 @@ def _cell(
     runs = [
         run_of(settings, name, split, seed, setting, source) for split, source in zip(chain, laid.sources, strict=True)
     ]
+    check_parts(runs[0])
     if len(chain) > 1:
         check_continual(name, runs[0])
     # a preset that the settings contain already must not name the cell

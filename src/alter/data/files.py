@@ -151,8 +151,13 @@ def _table(path: Path) -> list[dict[str, Any]]:
         names = [name.strip() for name in next(reader, [])]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None or not all(names):
+            fix = (
+                "name each once"
+                if twice
+                else "name it, or leave it out, as pandas does with `df.to_csv(path, index=False)`"
+            )
             raise UserError(
-                f"{path} has {'two columns' if twice else 'a column'} named {twice or ''!r} in its first line."
+                f"{path} has {'two columns' if twice else 'a column'} named {twice or ''!r} in its first line: {fix}."
             )
         began = reader.line_num + 1
         for cells in reader:

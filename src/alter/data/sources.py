@@ -246,6 +246,10 @@ def _rows_of(source: str, split: str | None, first: int | None) -> list[Row]:
     if split is not None and "/" in split and not path.is_file():
         return muse_rows(split, source, first)
     if path.is_dir():
+        if {"dataset_info.json", "dataset_dict.json"} & set(os.listdir(path)):
+            raise UserError(
+                f"{source!r} is a dataset that save_to_disk wrote: write a split of it with `dataset.to_json('rows.jsonl')`."
+            )
         if split is None:
             raise UserError(f"{source!r} is a folder; say which split of it, for example {source + ':forget10'!r}.")
         return tofu_rows(split, source)

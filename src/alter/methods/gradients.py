@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, f
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from alter.core import warn
+from alter.core import UserError, warn
 from alter.plugins import OneOf, Registry, kinds
 from alter.settings import Count
 
@@ -85,6 +85,24 @@ class GradientRule(BaseModel, ABC):
             known: what `statistics` gave.
             state: what the rule keeps from step to step, which checkpoints save; changed in place.
         """
+
+    def edited(
+        self, forget: Gradients, rest: Gradients, known: Mapping[str, Tensor], state: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return what `edit` gives, checked.
+
+        Raises:
+            UserError: it leaves a parameter out, or gives a gradient of another shape.
+        """
+        made = self.edit(forget, rest, known, state)
+        wrong = next((n for n, value in forget.items() if n not in made or made[n].shape != value.shape), None)
+        if wrong is not None:
+            given = f"one of shape {list(made[wrong].shape)}" if wrong in made else "none"
+            raise UserError(
+                f"The gradient rule {self.kind} gives {given} for {wrong}; expected one for every parameter of `forget`, here of "
+                f"shape {list(forget[wrong].shape)}."
+            )
+        return made
 
 
 @final

@@ -73,7 +73,15 @@ def copied(inside: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:
     Args:
         inside: both.
         dtype: number format of the copy; "auto" keeps it.
+
+    Raises:
+        UserError: another number format is asked of a model that is held in few bits.
     """
+    if dtype != "auto" and getattr(inside[0], "is_quantized", False):
+        raise UserError(
+            f"The model is quantised, and cannot be turned into {str(dtype).removeprefix('torch.')}, in which its own weights would be "
+            "trained: train an adapter (`adapter.kind`) and leave `dtype` out, or load the model without quantisation."
+        )
     network, tokenizer = copy.deepcopy(inside)
     if dtype != "auto":
         network = network.to(dtype)

@@ -10,7 +10,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from alter.core import UserError, nearest
-from alter.plugins import OneOf
+from alter.plugins import NamesOf, OneOf
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -147,6 +147,10 @@ def with_defaults(
                 if name == "kind" and len(choices) > 1
                 else worded(info.description or "")
             )
+            if worded is not str:
+                help_ += "".join(
+                    f" They are {', '.join(item.names())}." for item in info.metadata if isinstance(item, NamesOf)
+                )
             annotation = _annotated(
                 name, str if name == "kind" and isinstance(value, str) else annotation, info, help_
             )

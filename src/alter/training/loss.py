@@ -118,7 +118,7 @@ class Split:
         forget, rest = ({name: processes.total(value) for name, value in sums.items()} for sums in self._sums)
         for sums in self._sums:
             sums.clear()
-        edited = self.rule.edit(forget, rest, self.known, self.state)
+        edited = self.rule.edited(forget, rest, self.known, self.state)
         for name, weight in named:
             weight.grad = edited[name].to(weight.dtype)
 
@@ -242,7 +242,7 @@ class UnlearnTrainer(Trainer):
 
         def of(logits: Tensor, at: slice) -> Tensor:
             emitted = Emitted(logits, truth[at], reference and reference.at(at), runner_up)
-            value = emitted.nll if objective is None else objective.per_token(emitted)
+            value = emitted.nll if objective is None else objective.values_of(emitted)
             return torch.stack([emitted.nll if learned else emitted.nll.detach(), value], 1)
 
         return of
@@ -315,8 +315,8 @@ class UnlearnTrainer(Trainer):
         structure = mean_or_zero(values[:, 0][places.high & (places.branch != ALTERNATIVE_BRANCH)])
         joined = self.needs[-1].rows and step >= self.alone
         parts = {
-            "forget": run.objective(forget),
-            "retain": run.retain_objective(retain) if joined else 0.0 * values.sum(),
+            "forget": run.objective.loss_of(forget),
+            "retain": run.retain_objective.loss_of(retain) if joined else 0.0 * values.sum(),
             "structure": structure,
         }
         if run.retain_objective.needs.state:

@@ -108,9 +108,10 @@ class Adapter(BaseModel, ABC):
             ValueError: names the setting and a valid choice.
         """
         if not self.routes and run.objective.needs.entropy:
+            own = hasattr(run.objective, "only_low")
             raise ValueError(
-                f"`objective.only_low` needs the token entropies of `adapter.kind` alter, not {self.kind}: give "
-                "`objective.only_low=False`"
+                f"`objective.{'only_low' if own else 'kind'}` {'' if own else run.objective.kind + ' '}needs the token entropies of "
+                f"`adapter.kind` alter, not {self.kind}: give {'`objective.only_low=False`' if own else '`adapter.kind` alter'}"
             )
         if run.watch.on and (not self.is_seen or run.negate is not None):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +11,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from alter.core import UserError, nearest, warn
 from alter.methods.objectives.tokens import Emitted, Labelled
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+VIEWS = ("base", "reinforced", "expert", "novice", "instructed")
+"""Passes of frozen models that an objective may ask for."""
+ALTERNATIVES = ("refusal", "random_labels", "diversion", "substitute", "invented")
+"""Other forms of the forget rows that an objective may ask for."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,27 @@ class Needs:
     codes: bool = False
     state: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what no run can provide, where the objective is written and not where it is first missed.
+
+        Raises:
+            UserError: an unknown view or alternative, a depth that is no share, or a view without what it says.
+        """
+        asked = [("view", view, VIEWS) for view in self.views]
+        if self.alternative is not None:
+            asked.append(("alternative", self.alternative, ALTERNATIVES))
+        for what, name, able in asked:
+            if name not in able:
+                raise UserError(
+                    f"`Needs`: no {what} {name!r}; expected one of {', '.join(able)}.{nearest(name, able)}"
+                )
+        if self.depth is not None and not 0 <= self.depth <= 1:
+            raise UserError(f"`Needs`: depth is {self.depth}; expected a share of the model's depth, from 0 to 1.")
+        if "instructed" in self.views and self.instruction is None:
+            raise UserError(
+                "`Needs`: the view 'instructed' goes with an `instruction`; give what it says before each row."
+            )
+
 
 class Objective(BaseModel, ABC):
     """Base of all objectives: settings, what is needed, a number for each token, and the loss of these numbers.
@@ -113,6 +142,36 @@ class Objective(BaseModel, ABC):
         """Return [n], one number for each token: its negative log-likelihood, unless the objective says otherwise."""
         return emitted.nll
 
+    def values_of(self, emitted: Emitted) -> Tensor:
+        """Return what `per_token` gives, checked.
+
+        Raises:
+            UserError: it is not one number for each token.
+        """
+        values = self.per_token(emitted)
+        if not isinstance(values, torch.Tensor) or values.shape != emitted.nll.shape:
+            raise UserError(
+                f"`per_token` of the objective {self.kind} gives {_shown(values)}; expected one number for each token, a tensor of "
+                f"shape {list(emitted.nll.shape)}, as `emitted.nll` is."
+            )
+        return values
+
+    def loss_of(self, tokens: Labelled) -> Tensor:
+        """Return the loss, checked; one that nothing can be learned from is said once.
+
+        Raises:
+            UserError: it is not one number.
+        """
+        loss = self(tokens)
+        if not isinstance(loss, torch.Tensor) or loss.shape:
+            raise UserError(
+                f"The objective {self.kind} gives {_shown(loss)}; expected its loss, a tensor of one number, such as "
+                "`mean_or_zero(tokens.values)` makes."
+            )
+        if tokens.values.requires_grad and not loss.requires_grad:
+            _without_gradient(self.kind)
+        return loss
+
     def weigh(self, loss: float, epochs: float, state: dict[str, float]) -> float:
         """Return the factor of a batch's loss, for a retain objective that keeps state.
 
@@ -122,3 +181,15 @@ class Objective(BaseModel, ABC):
             state: the objective's own numbers so far, empty at first; changed in place.
         """
         return 1.0
+
+
+@functools.cache
+def _without_gradient(kind: str) -> None:
+    warn(
+        f"The loss of the objective {kind} has no gradient, so that nothing is learned from it: it does not depend on what the model "
+        "gives, or was detached from it."
+    )
+
+
+def _shown(given: object) -> str:
+    return f"a tensor of shape {list(given.shape)}" if isinstance(given, torch.Tensor) else f"{given!r:.80}"
