@@ -579,7 +579,11 @@ def test_a_row_whose_frame_does_not_fit_is_left_out(models, tmp_path):
     for name in ("foreign_frame", "prefill"):
         (one,) = pick(found, "unlearned", "attack_rouge", attack=name)
         assert (sorted(one.extra["rows"]), one.extra["left_out"]) == ([0, 1, 2], 1)
-    assert len(pick(found, "unlearned", "attack_rouge", attack="foreign_frame")[0].extra["questions"]) == 3
+    framed, plain = (pick(found, "unlearned", "attack_rouge", attack=name)[0] for name in ("foreign_frame", "prefill"))
+    # as asked where the attack says how, else the rows' own: a page needs them to tell what a reply gives away
+    assert plain.extra["questions"] == [asked[row] for row in plain.extra["rows"]]
+    assert len(framed.extra["questions"]) == 3
+    assert all(question.startswith("Bitte") for question in framed.extra["questions"])
     given |= {"max_new_tokens": 210, "forget": str(models / "forget.jsonl")}
     with pytest.raises(UserError, match=r"'foreign_frame' is not possible on the original model: .*context of 256"):
         attacks.attack(settings(models, tmp_path / "none", attacks=["foreign_frame", "upper_case"], **given))

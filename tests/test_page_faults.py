@@ -22,7 +22,7 @@ from alter.groundwork import frozen
 from alter.groundwork.frozen import Frozen, FrozenRow
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.metaevaluation.table import Line, Table, metrics_page
-from alter.rendering import called, join, tag
+from alter.rendering import between, called, join, tag
 from alter.report import page, summary
 from alter.report.attacks import attacks, brought_back
 from alter.report.requests import _evidence, _limits
@@ -307,3 +307,9 @@ def test_the_page_of_metrics_names_no_path():
     table = Table([line], {"knows": 1, "without": 1, "unlearned": 0}, [], {}, [])
     settings = MetaEvaluate(model="/home/me/m", retrained="r", out="o", methods=["npo"])
     assert "<h1>Metrics tried on m</h1>" in metrics_page(settings, table)
+
+
+def test_an_interval_without_ends_is_none():
+    for ends in (None, [], [None, None], [0.1, None]):
+        assert between(record("unlearned", "forget_rouge", 0.5, interval=ends)) == ""
+    assert between(record("unlearned", "forget_rouge", 0.5, interval=[0.4, 0.6])) == "[0.400, 0.600]"

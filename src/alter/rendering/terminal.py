@@ -24,7 +24,8 @@ def number(record: Record) -> str:
 
 def half(record: Record) -> str:
     """Format ± half the width of a record's 95 % interval; empty for a record without one."""
-    if record.value is None or not record.extra.get("interval"):
+    # an end that is not finite is null in JSON
+    if record.value is None or None in (record.extra.get("interval") or [None]):
         return ""
     low, high = record.extra["interval"]
     if record.metric == "privleak":
@@ -34,7 +35,8 @@ def half(record: Record) -> str:
 
 def between(record: Record) -> str:
     """Format a record's 95 % interval in brackets; empty for a record without one."""
-    if record.value is None or not record.extra.get("interval"):
+    # an end that is not finite is null in JSON
+    if record.value is None or None in (record.extra.get("interval") or [None]):
         return ""
     digits = 1 if record.metric == "privleak" else 3
     low, high = (
