@@ -1,6 +1,6 @@
 """Models from outside: loaded by name, quantised, guarded.
 
-`naming` resolves a name and `loading` loads it (`gguf`, `quantized`, `deltas`, `devices`, `precision`), with an
+`naming` resolves a name and `loading` loads it (`tokenizers`, `gguf`, `quantized`, `deltas`, `devices`, `precision`), with an
 adapter by `attach`. `guards` are unlearned models that an adapter inside one network cannot express.
 """
 

@@ -16,6 +16,7 @@ from alter.data import TemplateArguments, ensure_pad_token, set_template_argumen
 from alter.models import devices, gguf, precision, quantized
 from alter.models.naming import is_local, model_folder, shipped_model
 from alter.models.quantized import Bits
+from alter.models.tokenizers import first_line, read_tokenizer
 from alter.storage import files
 
 
@@ -81,7 +82,7 @@ class ModelSettings(BaseModel):
             if inside is not None:
                 tokenizer = copy.deepcopy(inside[1])
             else:
-                tokenizer = _tokenizer(name) if packed_file is None else gguf.load_tokenizer(packed_file)
+                tokenizer = read_tokenizer(name) if packed_file is None else gguf.load_tokenizer(packed_file)
         except UserError:
             raise
         except (OSError, ValueError) as error:
@@ -181,7 +182,7 @@ def load_model(
     network = network if wide is None else network.to(wide)
     quantized.keep_gradients(network)
     if adapter is not None and not form and _fit_vocabulary(network, Path(adapter)):
-        tokenizer = _tokenizer(str(adapter))
+        tokenizer = read_tokenizer(str(adapter))
     ensure_pad_token(tokenizer)
     set_template_arguments(tokenizer, template)
     _pad_inside(network, tokenizer)
@@ -245,7 +246,7 @@ def _read(model: str, packed_file: gguf.GgufPlace | None, options: dict[str, Any
             model, use_safetensors=True, output_loading_info=True, **options
         )
         _check_whole(network, model, found)
-        tokenizer = _tokenizer(model)
+        tokenizer = read_tokenizer(model)
     except UserError:
         raise
     except SafetensorError as error:
@@ -296,40 +297,6 @@ def check_json(folder: str) -> None:
             files.read_object(path, "what save_pretrained writes")
 
 
-def _tokenizer(name: str) -> Any:
-    """Return the tokenizer of a model's folder or hub id.
-
-    Raises:
-        UserError: its files are no tokenizer's, or reading them needs the extra `nli`.
-        OSError, ValueError: there is none, as transformers has it.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"The tokenizer of {name!r} cannot be read ({type(error).__name__}: {_first_line(error)}): tokenizer.json is broken. "
-            "Copy it again."
-        ) from None
-    except (ImportError, ValueError) as error:
-        # without what reads SentencePiece files transformers takes them for tiktoken's
-        taken = "tiktoken" in str(error) and not _reads_sentencepiece()
-        if not taken and not isinstance(error, ImportError):
-            raise
-        why = "a file of SentencePiece" if taken else _first_line(error)
-        raise UserError(f"The tokenizer of {name} needs more: pip install 'alter-unlearning[nli]' ({why})") from None
-
-
-def _reads_sentencepiece() -> bool:
-    try:
-        import google.protobuf  # noqa: F401
-        import sentencepiece  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def load_classifier(model: str, device: torch.device | str | None = None) -> tuple[Any, Any]:
     """Load a sequence classifier and its tokenizer, ready for evaluation, in float32.
 
@@ -347,14 +314,14 @@ def load_classifier(model: str, device: torch.device | str | None = None) -> tup
             model, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
         _check_whole(network, model, found)
-        tokenizer = _tokenizer(model)
+        tokenizer = read_tokenizer(model)
     except SafetensorError as error:
         raise UserError(f"The weights of the classifier {model!r} cannot be read ({error}). Copy it again.") from None
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"Cannot load the classifier {model!r}: {_first_line(error)} Expected a local folder or a hub id."
+            f"Cannot load the classifier {model!r}: {first_line(error)} Expected a local folder or a hub id."
         ) from error
     return network.to(devices.device_of(None if device is None else str(device))).eval(), tokenizer
 
@@ -416,9 +383,5 @@ def _copied(inside: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:
 
 def _missing(model: str, error: Exception) -> UserError:
     return UserError(
-        f"Cannot load the model {model!r}: {_first_line(error)} Expected a local folder or a hub id (owner/name)."
+        f"Cannot load the model {model!r}: {first_line(error)} Expected a local folder or a hub id (owner/name)."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
