@@ -17,7 +17,7 @@ from alter.models import devices, gguf, precision, quantized
 from alter.models.given import check_held, copied
 from alter.models.naming import is_local, model_folder, shipped_model
 from alter.models.quantized import Bits
-from alter.models.tokenizers import first_line, tokenizer_of
+from alter.models.tokenizers import first_line, read_tokenizer
 from alter.storage import files
 
 
@@ -83,7 +83,7 @@ class ModelSettings(BaseModel):
             if inside is not None:
                 tokenizer = copy.deepcopy(inside[1])
             else:
-                tokenizer = tokenizer_of(name) if packed_file is None else gguf.load_tokenizer(packed_file)
+                tokenizer = read_tokenizer(name) if packed_file is None else gguf.load_tokenizer(packed_file)
         except UserError:
             raise
         except (OSError, ValueError) as error:
@@ -185,7 +185,7 @@ def load_model(
     network = network if wide is None else network.to(wide)
     quantized.keep_gradients(network)
     if adapter is not None and not form and _fit_vocabulary(network, Path(adapter)):
-        tokenizer = tokenizer_of(str(adapter))
+        tokenizer = read_tokenizer(str(adapter))
     ensure_pad_token(tokenizer)
     set_template_arguments(tokenizer, template)
     _pad_inside(network, tokenizer)
@@ -250,7 +250,7 @@ def _read(model: str, packed_file: gguf.GgufPlace | None, options: dict[str, Any
             model, use_safetensors=True, output_loading_info=True, **options
         )
         _check_whole(network, model, found)
-        tokenizer = tokenizer_of(model)
+        tokenizer = read_tokenizer(model)
     except UserError:
         raise
     except SafetensorError as error:
@@ -318,7 +318,7 @@ def load_classifier(model: str, device: torch.device | str | None = None) -> tup
             model, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
         _check_whole(network, model, found)
-        tokenizer = tokenizer_of(model)
+        tokenizer = read_tokenizer(model)
     except SafetensorError as error:
         raise UserError(f"The weights of the classifier {model!r} cannot be read ({error}). Copy it again.") from None
     except (OSError, ValueError) as error:

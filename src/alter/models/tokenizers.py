@@ -7,7 +7,7 @@ from typing import Any
 from alter.core import UserError
 
 
-def tokenizer_of(name: str) -> Any:
+def read_tokenizer(name: str) -> Any:
     """Return the tokenizer of a model's folder or hub id.
 
     Raises:
