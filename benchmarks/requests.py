@@ -28,9 +28,9 @@ from alter.data.encoding import encode_prompt
 from alter.data.rows import load_examples
 from alter.inference.generation import generate
 from alter.models.loading import load_model
+from alter.requests.bases import present
 from alter.requests.commands import Revoke, RunRequests, revoke, run
 from alter.requests.intake import Add, Init, add, init
-from alter.requests.project import Project
 from alter.requests.records import IN_FORCE
 from alter.requests.store import Store
 from alter.requests.verification import Verify, verify
@@ -83,7 +83,7 @@ def ten(folder: Path, csv: Path) -> None:
         run(RunRequests(db=url))
         seconds.append(time.perf_counter() - started)
     store = Store.open(url)
-    project = Project.model_validate(store.project())
+    project = present(store)
     found = verify(Verify(db=url))
     common = {
         # `run` takes the GPU if there is one
@@ -139,7 +139,7 @@ def kills(folder: Path, count: int, seed: int) -> None:
             db=url, model=ORIGINAL, retain=str(retain), folder=str(folder / "work"), recipe=str(folder / "recipe.yaml")
         )
     )
-    project = Project.model_validate(store.project())
+    project = present(store)
     base, _ = load_model(ORIGINAL)
     command = [sys.executable, "-m", "alter", "request", "run", "--db", url]
     waiting = list(enumerate(files))

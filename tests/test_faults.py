@@ -35,10 +35,10 @@ from alter.requests import (
     work,
 )
 from alter.requests import store as store_module
+from alter.requests.bases import present
 from alter.requests.commands import Purge, Revoke, RunRequests, purge, revoke, run
 from alter.requests.export import ExportRequests, export_requests
 from alter.requests.intake import Add, Init, add, init
-from alter.requests.project import Project
 from alter.requests.signing import new_key
 from alter.requests.store import Store
 from alter.requests.verification import Verify, verify
@@ -135,7 +135,7 @@ def points(template, place, action):
 
 
 def project_of(url):
-    return Project.model_validate(Store.open(url).project())
+    return present(Store.open(url))
 
 
 def left_behind(place):

@@ -42,7 +42,6 @@ from alter.requests.connection import without_password
 from alter.requests.evidence import known_of
 from alter.requests.export import ExportRequests, export_requests
 from alter.requests.intake import Add, Init, add, init
-from alter.requests.project import Project
 from alter.requests.records import EDGES, IN_FORCE, parse_id
 from alter.requests.register import List, Show, list_requests, show_request
 from alter.requests.store import Store
@@ -715,7 +714,7 @@ def test_several_requests_are_one_run_and_text_may_be_kept(data, tmp_path, capsy
     ask(store, data, "Bo")
     run(RunRequests(db=store.url))
     assert [request.run["key"] for request in store.requests()].count(store.get(1).run["key"]) == 2
-    assert manifest(Project.model_validate(store.project()))["version"] == 1
+    assert manifest(present(store))["version"] == 1
     capsys.readouterr()
     found = verify(Verify(db=store.url, samples=4))["R-0001"]
     assert found["n"] == 6
@@ -1475,7 +1474,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(data, tmp_path):
         run(RunRequests(db=store.url))
     found = store.requests()
     assert [request.state for request in found] == ["forgotten"] * 3
-    inside = manifest(Project.model_validate(store.project()))
+    inside = manifest(present(store))
     assert sorted(inside["experts"].values()) == ["R-0001", "R-0002", "R-0003"]
     verify(Verify(db=store.url, chain_only=True))
 
@@ -1502,6 +1501,6 @@ def test_what_was_missed_is_emptied_before_the_others_are_judged(data, tmp_path,
     # both with what was trained, then R-0002 alone with what is put in force
     assert judged == [1, 1, 2]
     assert [request.state for request in store.requests()] == ["not forgotten", "forgotten"]
-    assert manifest(Project.model_validate(store.project()))["cleared"] == [1]
+    assert manifest(present(store))["cleared"] == [1]
     assert not next(v for k, v in weights(tmp_path).items() if ".alter_B." in k)[:, 4:8].any()
     assert not (tmp_path / "work" / ".revoked").exists()
