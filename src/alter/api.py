@@ -276,28 +276,17 @@ def evaluate(
         UserError: an unknown benchmark, bad settings, data or models.
     """
     from alter.evaluation import evaluate as measure
+    from alter.plugins import benchmark_of
 
     with contextlib.ExitStack() as stack:
         _subject(model, tokenizer, settings, keywords, stack)
-        kind = type(settings) if settings is not None else _benchmark(benchmark)
+        kind = type(settings) if settings is not None else benchmark_of(benchmark)
         for name in ("forget", "retain", "holdout"):
             if keywords.get(name) is not None:
                 keywords[name] = stack.enter_context(named_rows(keywords[name]))
         chosen = _settings(kind, settings, keywords)
         stack.enter_context(_as_library())
         return measure(chosen)
-
-
-def _benchmark(name: str) -> type[Evaluation]:
-    import importlib
-
-    from alter.plugins import BENCHMARKS
-
-    if name not in BENCHMARKS:
-        raise UserError(f"No benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}")
-    module, settings = BENCHMARKS[name]
-    found: type[Evaluation] = getattr(importlib.import_module(module), settings)
-    return found
 
 
 def attack(

@@ -310,6 +310,19 @@ BENCHMARKS: Registry[tuple[str, str]] = Registry(
 """Module and class of the settings that `--benchmark NAME` stands for; the first is the default."""
 
 
+def benchmark_of(name: str) -> type[Any]:
+    """Return the settings of a benchmark.
+
+    Raises:
+        UserError: there is none of the name.
+    """
+    if name not in BENCHMARKS:
+        raise UserError(f"No benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}")
+    module, settings = BENCHMARKS[name]
+    found: type[Any] = getattr(importlib.import_module(module), settings)
+    return found
+
+
 def benchmark(name: str) -> Callable[[type[M]], type[M]]:
     """Decorate a subclass of `alter.evaluation.base.Evaluation`, so that `--benchmark NAME` finds it.
 
