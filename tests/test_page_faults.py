@@ -107,7 +107,7 @@ def test_attacks_say_of_how_many_rows_they_are():
 
 @pytest.mark.parametrize("known", [True, False])
 def test_replies_to_attacks_are_quoted_with_a_warning_and_cut(known):
-    """Only the section of samples said that the page is to be handled like the data, and a reply of 100 kB took hours and 3 GB."""
+    """Only the section of samples said that the page is to be handled like the data, and a reply of 100 kB was shown whole."""
     long = "Ada was born in Ulm. " * 5000
     texts = {"replies": [long], "references": [long]} | ({"questions": ["Where was Ada born?"]} if known else {})
     said = record("unlearned", "attack_rouge", 0.4, 1, attack="relearn", per_item=[0.4], **texts)
