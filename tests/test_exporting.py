@@ -518,7 +518,7 @@ def test_a_lora_says_what_the_routed_model_says_of_its_expert(tmp_path, changes)
     scales = {module.scaling["default"] for module in plain.modules() if hasattr(module, "lora_A")}
     assert scales == {told["lora_alpha"] / told["r"]}
     # its default is 16
-    assert ("`--max-lora-rank 32`" in (out / "README.md").read_text()) == (told["r"] == 20)
+    assert ("`max_lora_rank` at 32" in (out / "README.md").read_text()) == (told["r"] == 20)
 
 
 def test_an_experts_weights_are_their_naive_twin():

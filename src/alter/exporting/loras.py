@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM makes room for (`--max-lora-rank`), 16 by default."""
+"""Ranks that vLLM makes room for (`max_lora_rank`), 16 by default."""
 
 
 def expert_weights(
@@ -156,7 +156,7 @@ def write_experts(
 
 def _card(base: str, titles: Sequence[str], rank: int) -> str:
     room = next((size for size in RANKS if size >= rank), rank)
-    more = f"\nTheir rank is {rank}: start vLLM with `--max-lora-rank {room}`.\n" if rank > 16 else ""
+    more = f"\nTheir rank is {rank}: start vLLM with its `max_lora_rank` at {room}.\n" if rank > 16 else ""
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
