@@ -32,7 +32,7 @@ from alter.forgetting.names import names_of
 from alter.forgetting.probes import answered, question_of
 from alter.forgetting.report import print_line, print_outcome
 from alter.forgetting.retention import kept_rows
-from alter.forgetting.settings import DOCUMENT, SUBJECT, TRAINING, Forget
+from alter.forgetting.settings import DOCUMENT, TRAINING, Forget
 from alter.forgetting.speaker import Speaker, read_jsonl, write_jsonl
 from alter.forgetting.stopping import UntilZero
 from alter.models import load_model
@@ -240,19 +240,19 @@ def _ended(out: Path) -> bool:
 
 def training(settings: Forget, out: Path) -> Unlearn:
     """Return the settings of the run that trains on the rows of `out`."""
-    kind = dict(SUBJECT if settings.document is None else DOCUMENT)
-    if settings.epochs is not None and settings.epochs < kind["epochs"]:
+    document = dict(DOCUMENT) if settings.document is not None else {}
+    if settings.epochs < TRAINING["epochs"]:
         # who asks for fewer passes gets no more
-        kind.pop("least_steps", None)
+        document.pop("least_steps", None)
     return Unlearn.model_validate(
         {
             **TRAINING,
-            **kind,
+            **document,
             "model": settings.model,
             "forget": str(out / "forget.jsonl"),
             "retain": str(out / "retain.jsonl"),
             "out": str(out),
-            "epochs": settings.epochs or kind["epochs"],
+            "epochs": settings.epochs,
             "learning_rate_experts": settings.learning_rate,
             "dtype": settings.dtype,
             "seed": settings.seed,

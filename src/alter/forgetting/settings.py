@@ -16,10 +16,12 @@ from alter.settings import BatchSize, OutFolder, Passes, Rows, Seed, Steps, Toke
 from alter.training import ReportTo
 
 TRAINING: dict[str, Any] = {
+    "objective": {"kind": "substitute", "hinge": 1.0},
     # what is not routed to the expert is exactly the untouched model
     "experts_only": True,
     "retain_objective": {"kind": "none"},
     "num_forget_experts": 1,
+    "epochs": 10,
     # two halves of a step need half of the memory
     "batch_size": 4,
     "gradient_accumulation_steps": 2,
@@ -27,15 +29,8 @@ TRAINING: dict[str, Any] = {
     "save_steps": 10,
 }
 """How the rows are trained on, unless settings say otherwise; measured on SmolLM2-135M."""
-SUBJECT: dict[str, Any] = {
-    "objective": {"kind": "substitute", "hinge": 1.0},
-    "epochs": 15,
-    # checks end the training; a rate that falls to 0 by the last pass leaves behind what goes slowly
-    "lr_scheduler": "constant",
-}
-"""The rest of it for a subject."""
-DOCUMENT: dict[str, Any] = {"objective": {"kind": "substitute", "hinge": 4.0}, "epochs": 10, "least_steps": 120}
-"""The rest of it for a document: it may be known to the letter. Measured on SmolLM2-135M that knows 20 answers by heart
+DOCUMENT: dict[str, Any] = {"objective": {"kind": "substitute", "hinge": 4.0}, "least_steps": 120}
+"""What differs for a document: it may be known to the letter. Measured on SmolLM2-135M that knows 20 answers by heart
 (docs/experiments.md)."""
 
 
@@ -106,8 +101,8 @@ class Forget(BaseModel):
     """Probes of each kind to show with the answers before and after."""
     writer: Writer = Field(default_factory=Writer)
     """A stronger model that writes further questions; needs `writer.url` and `writer.model`."""
-    epochs: Passes | None = Field(None, gt=0)
-    """Passes over the forget rows, at most; by default 15, of a document 10 and of a short one more, 120 steps."""
+    epochs: Passes = Field(TRAINING["epochs"], gt=0)
+    """Passes over the forget rows, at most; by default a short document gets more, 120 steps."""
     learning_rate: float = Field(TRAINING["learning_rate_experts"], gt=0)
     """Learning rate of the forget expert."""
     erase: bool = False
