@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from alter import cli
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded, encode_prompt
 from alter.data.rows import Example
@@ -1127,3 +1128,11 @@ def test_base_in_the_chat_is_the_model_without_its_adapter(guarded, monkeypatch,
 
 def test_nothing_acts_on_the_terminal():
     assert visible("a\x1b]0;x\x07\x9b2J\r\tb\n") == "a\u241b]0;x\u2407\u24212J\u240d\tb\n"
+
+
+@pytest.mark.parametrize("host", ["", " "])
+@pytest.mark.parametrize("command", ["serve", "inspect"])
+def test_an_empty_address_is_not_every_network(command, host, capsys):
+    given = ["--model", "nowhere", "--host", host, *(["--adapter", "no"] if command == "inspect" else [])]
+    assert cli.main([command, *given]) == 2
+    assert "an empty address would be every network of this machine" in capsys.readouterr().err

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from alter.core import UserError
 from alter.models import ModelSettings
@@ -15,10 +16,21 @@ MOST_NEW_TOKENS = 512
 """Most new tokens that the page offers."""
 
 
+def _not_empty(host: str) -> str:
+    if not host.strip():
+        raise ValueError(
+            "an empty address would be every network of this machine: give 127.0.0.1 (this machine alone), or 0.0.0.0 for all"
+        )
+    return host
+
+
+Host = Annotated[str, AfterValidator(_not_empty)]
+
+
 class Serve(ModelSettings):
     """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /health."""
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     """Address to listen on; the default is reachable from this machine alone."""
     port: int = Field(8000, ge=0, le=65535)
     """Port; 0 takes a free one and says which."""
@@ -131,7 +143,7 @@ class Inspect(ModelSettings):
     forget: str | None = None
     """Rows that were to be forgotten, to offer as questions; by default those that the adapter's run names, if they are
     still there. Whoever reaches the page can read them."""
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     """Address to listen on; the default is reachable from this machine alone."""
     port: int = Field(7860, ge=0, le=65535)
     """Port; 0 takes a free one and says which."""
