@@ -18,7 +18,7 @@ from alter.comparison.clusters import OnRay, OnSlurm, executor_of
 from alter.comparison.executors import Executor, Full, Task, run_to_end
 from alter.comparison.settings import Compare, Ray, Slurm
 from alter.core import UserError, passing
-from alter.storage import take_lock
+from alter.storage import take_lock, write_atomic
 
 # does what a cell's process does: it ends when the other end of its standard input is gone
 SCRIPT = """
@@ -210,7 +210,9 @@ class Few(Executor):
         if len(self.running) == self.most:
             raise Full("no more of your jobs")
         self.running.append(folder)
-        threading.Timer(0.3, lambda: (folder / "cell.json").write_text('{"status": "failed", "reason": ""}')).start()
+        # whole or not at all, as a cell writes it: the comparison looks while it is written
+        result = '{"status": "failed", "reason": ""}'
+        threading.Timer(0.3, write_atomic, [folder / "cell.json", result]).start()
         return FewTask(self, folder)
 
     def close(self):
