@@ -23,6 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from alter import cli
 from alter.core.errors import UserError
+from alter.data.chat import set_template_arguments
 from alter.data.encoding import Encoded, encode_prompt
 from alter.data.rows import Example
 from alter.inference.generation import generate
@@ -256,6 +257,10 @@ def test_a_chat_leaves_thoughts_empty_unless_its_client_asks_for_them():
     assert prompt() == prompt(chat_template_kwargs={"enable_thinking": False})
     assert prompt() == "<system>Brief.<user>Who?<assistant><think></think>"
     assert prompt(chat_template_kwargs={"enable_thinking": True}) == "<system>Brief.<user>Who?<assistant>"
+    # what the server was started with yields to what its client asks for, of this request alone
+    set_template_arguments(tokenizer, ["enable_thinking=false"])
+    assert prompt(chat_template_kwargs={"enable_thinking": True}) == "<system>Brief.<user>Who?<assistant>"
+    assert prompt().endswith("<assistant><think></think>")
 
 
 @pytest.mark.parametrize(
