@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    LogitsProcessorList,
     MistralConfig,
     MistralForCausalLM,
     TemperatureLogitsWarper,
@@ -587,6 +588,21 @@ def test_a_model_whose_logits_are_not_finite_says_nothing(value, how):
         UserError, match=r"its weights hold NaN or infinite values, model\.layers\.1\.mlp\.up_proj\.weight"
     ):
         say()
+
+
+def test_a_callers_own_logits_processor_is_asked():
+    def only(ids, scores):
+        return torch.full_like(scores, -math.inf).index_fill(-1, torch.tensor([70]), 0.0)
+
+    said = generation.generate(
+        pico(),
+        byte_tokenizer(),
+        prompts(),
+        max_new_tokens=2,
+        progress=False,
+        logits_processor=LogitsProcessorList([only]),
+    )
+    assert said == [byte_tokenizer().decode([70, 70])] * len(prompts())
 
 
 @pytest.mark.parametrize("drawn", [False, True])

@@ -143,7 +143,7 @@ class Decoding:
         from transformers import LogitsProcessorList
 
         settings = settings | {"pad_token_id": tokenizer.pad_token_id, "use_cache": True}
-        settings["logits_processor"] = LogitsProcessorList([Finite(model)])
+        settings["logits_processor"] = LogitsProcessorList([Finite(model), *settings.get("logits_processor", ())])
         if stop:
             settings["eos_token_id"] = sorted(stop)
         return cls(settings, stop, new_tokens, whole, bool(settings["do_sample"]))
