@@ -20,6 +20,7 @@ from alter.data.encoding import Encoded
 from alter.groundwork import frozen
 from alter.groundwork.frozen import Depth, states_of
 from alter.inference.generation import generate
+from alter.inference.scoring import score
 from alter.methods import places, presets
 from alter.methods.adapters import AlterAdapter
 from alter.methods.presets import METHODS
@@ -840,6 +841,23 @@ def test_o3_scales_the_adapter_by_what_the_detector_says_of_the_input(data, swit
     with model.disable_adapter():
         assert torch.equal(model(**batch).logits, base(**batch).logits)
     assert not torch.allclose(model(**batch).logits, base(**batch).logits)
+
+
+def test_o3_scores_an_answer_with_the_weight_of_its_prompt(data, switched):
+    model, tokenizer = load_model(str(data / "model"), str(switched / "adapter"), device="cpu")
+    # a weight that tells every difference in what the detector has read
+    model.detectors = [replace(model.detectors[0], calibration=lambda likeness: likeness.mean(-1) / 1000)]
+    asked, told = [tokenizer(text).input_ids for text in PROMPTS], tokenizer(" In town 1.").input_ids
+    rows = [Encoded(ids + told, [-100] * len(ids) + told, len(ids)) for ids in asked]
+    found = score(model, rows, pad_token_id=tokenizer.pad_token_id, progress=False)
+    weights = []
+    for ids, scored in zip(asked, found.logprob, strict=True):
+        with torch.no_grad():
+            weights.append(float(model.decide(torch.tensor([ids]), None)))
+            logp = at_weight(data, switched, weights[-1])(input_ids=torch.tensor([ids + told])).logits[0].log_softmax(-1)
+        expected = [float(logp[len(ids) - 1 + k, token]) for k, token in enumerate(told)]
+        assert scored == pytest.approx(expected, abs=2e-3)
+    assert len({round(weight, 3) for weight in weights}) == len(weights)
 
 
 def test_o3_generates_with_the_weight_of_the_prompt(data, switched):

@@ -133,15 +133,18 @@ class Detected(Guard):
             self.weights = None
 
     def decide(self, ids: Tensor, mask: Tensor | None, prompts: Sequence[int] | None = None) -> Tensor:
-        """Return the adapter's weight for each row, [B]: the maximum over the detectors, which see whole rows as they
-        did when fitted.
+        """Return the adapter's weight for each row, [B]: the maximum over the detectors, which look at what was asked alone, so
+        that an answer is scored with the weight that it would be given with.
         """
         mask = torch.ones_like(ids) if mask is None else mask
+        inside = mask
+        if prompts is not None:
+            inside = mask * (mask.cumsum(1) <= torch.tensor(list(prompts), device=ids.device)[:, None])
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
         none = torch.zeros(len(ids), device=ids.device)
         with torch.no_grad():
             seen = self._base(given, none, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
-            means = mean_states([seen[depth] for depth in self.depths], mask)
+            means = mean_states([seen[depth] for depth in self.depths], inside)
             if self.detectors[0].likeness.centre.device != means.device:
                 self.detectors = [detector.to(means.device) for detector in self.detectors]
             return torch.stack([detector(means) for detector in self.detectors]).amax(0)
