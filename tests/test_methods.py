@@ -854,7 +854,9 @@ def test_o3_scores_an_answer_with_the_weight_of_its_prompt(data, switched):
     for ids, scored in zip(asked, found.logprob, strict=True):
         with torch.no_grad():
             weights.append(float(model.decide(torch.tensor([ids]), None)))
-            logp = at_weight(data, switched, weights[-1])(input_ids=torch.tensor([ids + told])).logits[0].log_softmax(-1)
+            logp = (
+                at_weight(data, switched, weights[-1])(input_ids=torch.tensor([ids + told])).logits[0].log_softmax(-1)
+            )
         expected = [float(logp[len(ids) - 1 + k, token]) for k, token in enumerate(told)]
         assert scored == pytest.approx(expected, abs=2e-3)
     assert len({round(weight, 3) for weight in weights}) == len(weights)
