@@ -208,7 +208,7 @@ def test_the_total_weighs_questions_and_not_subjects(plain, tokenizer, folder):
         (3.0, None, 0.5, [2.02, 3.98]),
         # a figure that is no mean of its items
         (0.5, [1.0, 1.0, 0.0], 0.1, [0.304, 0.696]),
-        (0.5, [0.4, 0.6], None, [0.4, 0.6]),
+        (0.5, [0.4, 0.6] * 10, None, [0.45, 0.55]),
         (0.5, None, None, None),
     ],
 )

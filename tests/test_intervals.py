@@ -151,17 +151,33 @@ def test_the_interval_of_utility_is_that_of_a_loop():
         metrics.samples.utility_interval([np.zeros((3, 0))])
 
 
-def test_rows_of_shares_have_wilsons_interval_and_others_a_bootstrap():
+def test_rows_of_shares_have_wilsons_interval_few_rows_students_and_others_a_bootstrap():
     assert metrics.samples.row_interval([0, 0, np.nan, 0]) == metrics.samples.share_interval(0, 3)
-    values = [0.1, 0.4, 0.4, 0.9]
+    values = [0.1, 0.4, 0.4, 0.9] * 5
     assert metrics.samples.row_interval(values) == metrics.samples.bootstrap_interval(values)
-    assert metrics.samples.row_interval([]) is None
+    few = np.array([1.1, 0.4, 0.4, 0.9])
+    spread = stats.t.ppf(0.975, 3) * few.std(ddof=1) / 2
+    found = metrics.samples.row_interval([*few, np.nan])
+    assert found == pytest.approx((few.mean() - spread, few.mean() + spread))
+    assert metrics.samples.row_interval([0.1, 0.9]) == (0.0, 1.0)
+    assert metrics.samples.row_interval([]) is metrics.samples.row_interval([0.4]) is None
+    assert metrics.samples.row_interval([0.4, 0.4]) is None
+
+
+@pytest.mark.parametrize("count", [2, 5, 10])
+def test_an_interval_over_few_rows_holds_the_true_mean_as_often_as_it_should(count):
+    draw = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        low, high = metrics.samples.row_interval(draw.normal(size=count))
+        held += low <= 0 <= high
+    assert 0.92 <= held / 400 <= 0.98
 
 
 def test_a_figure_has_an_interval_where_the_catalogue_calls_it_the_mean_of_its_items():
     items = [0.1, 0.5, 0.6, float("nan")]
     made = metric_record("m", "forget_rouge", 0.4, 3, items)
-    assert made.extra["interval"] == list(metrics.samples.bootstrap_interval(items))
+    assert made.extra["interval"] == list(metrics.samples.row_interval(items))
     # the same numbers by chance: a perplexity is of all tokens at once
     assert "interval" not in metric_record("m", "book_perplexity", 0.4, 3, items).extra
     assert "interval" not in metric_record("m", "forget_distinct_2", 0.5, 3).extra
@@ -195,7 +211,7 @@ def test_every_figure_of_tofu_but_a_p_value_has_an_interval_around_it():
         if record.per_item is not None and metrics.CATALOGUE[record.metric].averages:
             assert record.value == pytest.approx(np.nanmean(record.per_item))
     ratio = metrics.likelihood.closeness_to_one(np.array(found["forget_truth_ratio"].per_item))
-    assert found["forget_truth_ratio"].extra["interval"] == list(metrics.samples.bootstrap_interval(ratio))
+    assert found["forget_truth_ratio"].extra["interval"] == list(metrics.samples.row_interval(ratio))
     assert found["mia_min_k"].extra["interval"] == list(metrics.samples.auc_interval(found["mia_min_k"].value, 12, 10))
 
 
@@ -314,7 +330,7 @@ def test_a_comparison_of_one_run_shows_intervals_over_rows():
     ]
     found = cell_figures(records, None)
     told = intervals(records, found)
-    assert told["forget_rouge"] == metrics.samples.bootstrap_interval([0.1, 0.5, 0.6])
+    assert told["forget_rouge"] == metrics.samples.row_interval([0.1, 0.5, 0.6])
     assert told["forget_unusable"] == metrics.samples.share_interval(1, 4)
     assert told["forget_said"] == metrics.samples.share_interval(1, 4)
     # of two authors

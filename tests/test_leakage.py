@@ -347,7 +347,7 @@ def test_hits_are_counted_by_question(monkeypatch):
     one, two = found.records("unlearned", {"benchmark": "rows"})
     assert (one.metric, one.value, one.n, one.per_item) == ("leak@1", 0.375, 2, [0.5, 0.25])
     assert two.per_item == pytest.approx([1 - 1 / 6, 0.5])
-    assert one.extra["interval"] == [0.25, 0.5]
+    assert one.extra["interval"] == [0.0, 1.0]  # two questions say next to nothing
     assert one.extra["hits"] == [2, 1]
     assert one.higher_is_better is False
     assert json.dumps(found.summary())

@@ -31,13 +31,14 @@ def mean_interval(values: npt.ArrayLike) -> tuple[float, float]:
 def unit_interval(values: npt.ArrayLike) -> tuple[float, float]:
     """Return the 95 % interval of the mean of values in [0, 1], which lies in [0, 1] itself.
 
-    Wilson's for a share (all values are 0 or 1), else Student's, cut off at 0 and 1; all of it for fewer than two.
+    As in tables (`metrics.samples.row_interval`); all of [0, 1] for fewer than two, and the value itself where all are equal.
     """
     x = np.asarray(values, dtype=np.float64)
-    if ((x == 0) | (x == 1)).all():
-        return metrics.samples.share_interval(int(x.sum()), x.size)
-    low, high = mean_interval(x)
-    return max(low, 0.0), min(high, 1.0)
+    if not x.size:
+        return 0.0, 1.0
+    found = metrics.samples.row_interval(x)
+    alone = (0.0, 1.0) if x.size < 2 else (float(x[0]), float(x[0]))
+    return alone if found is None else found
 
 
 @dataclass(frozen=True)

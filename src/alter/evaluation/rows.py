@@ -265,7 +265,7 @@ class RowsEvaluation(Evaluation):
             say([f"No {error}."])
             return []
         groups = self._groups(after.rows)
-        more = extra | {"interval": _over(values, groups, metrics.samples.bootstrap_interval(values))}
+        more = extra | {"interval": _over(values, groups, metrics.samples.row_interval(values))}
         return [metric_record(self.label, "iam", values.mean(), len(values), values, groups=groups, extra=more)]
 
     def _groups(self, rows: Sequence[Example]) -> Groups | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Z = 1.959963984540054
 """Normal deviate that leaves 2.5 % on each side."""
 FEW_GROUPS = 20
-"""Groups from which on drawing them with replacement holds the true mean about as often as it should."""
+"""Groups, or rows, from which on drawing them with replacement holds the true mean about as often as it should."""
 AT_ONCE = 2**22
 """Values that are drawn at a time: all draws of 100,000 rows together take 3 GB."""
 
@@ -60,14 +60,17 @@ def share_interval(count: int, n: int) -> tuple[float, float]:
 
 
 def row_interval(values: npt.ArrayLike) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean over rows: Wilson's if all values are 0 or 1, else `bootstrap_interval`.
+    """Return the 95 % interval of the mean over rows: Wilson's if all values are 0 or 1, else `bootstrap_interval`; of fewer
+    than `FEW_GROUPS` Student's, cut off at 0 and 1 if all values lie there.
 
-    NaN is left out. None where the bootstrap has none, or without any value.
+    NaN is left out. None for fewer than two values, or if all are equal and neither 0 nor 1.
     """
     x = floats(values)
     x = x[~np.isnan(x)]
     if x.size and ((x == 0) | (x == 1)).all():
         return share_interval(int(x.sum()), x.size)
+    if 1 < x.size < FEW_GROUPS and np.ptp(x) > 0:
+        return _student(x, x, np.ones(x.size))
     return bootstrap_interval(x)
 
 
