@@ -82,6 +82,11 @@ LAYERS = {
         "training",
         "comparison",
         "distillation",
+        "exporting",
+        "forgetting",
+        "guarding",
+        "metaevaluation",
+        "reporting",
     },
     "forgetting": BASE
     | {"adapter", "metrics", "data", "inference", "rendering", "models", "evaluation", "training", "distillation"},
@@ -99,7 +104,7 @@ LAYERS = {
         "distillation",
     },
     "__init__": {"core", "adapter", "api"},
-    "report": BASE | {"metrics", "data", "rendering", "attacks", "evaluation", "training", "requests"},
+    "reporting": BASE | {"metrics", "data", "rendering", "attacks", "evaluation", "training", "requests"},
     "serving": BASE | {"logits", "adapter", "data", "inference", "models", "evaluation", "requests"},
     "serve": {"core", "serving"},
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from alter.core import forked, give_back, warn
+from alter.core import forked, give_back, is_silent, warn
 from alter.data import Example, check_overlap, load_examples, rows_about
 from alter.distillation import Distill, distill
 from alter.evaluation import ordinary_loss, refuse_missed
@@ -75,7 +75,7 @@ def forget(settings: Forget) -> Path:
     Raises:
         UserError: bad settings or input, a subject that the model does not know, or what `unlearn` refuses.
     """
-    console = Console()
+    console = Console(quiet=is_silent())
     started = time.time()
     out = output_folder(settings)
     retain = kept_rows(settings.retain)
