@@ -34,7 +34,7 @@ LAYERS = {
     "__main__": {"cli"},
     "scoring": {"core", "inference", "models"},
     "attacks": BASE | {"metrics", "plugins", "data", "inference", "rendering", "models"},
-    "evaluation": BASE | {"logits", "metrics", "data", "inference", "rendering", "models"},
+    "evaluation": BASE | {"logits", "metrics", "plugins", "data", "inference", "rendering", "models"},
     "exporting": BASE | {"adapter", "data", "inference", "models"},
     "methods": {"core", "logits", "plugins", "adapter", "data", "settings", "models"},
     "groundwork": BASE | {"logits", "adapter", "data", "inference", "models", "methods"},
