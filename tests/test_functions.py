@@ -1,4 +1,4 @@
-"""The commands as functions that make and report: guard, finetune, export, report, meta_evaluate, forget, on the shipped model."""
+"""The commands as functions that make and report, on the shipped model; `forget` itself is tried in test_forgetting."""
 
 import json
 import logging
@@ -85,6 +85,16 @@ def test_a_run_becomes_loras_and_a_page_with_records_in_memory(run, tmp_path, ca
     assert "Ours" in again.read_text()
     assert capfd.readouterr() == ("", "")
     assert (run.erased, run.verdict) == (None, None)
+
+
+def test_checks_while_a_run_trains_print_nothing(tmp_path, capfd):
+    given = {"method": "ga", "adapter": {"kind": "lora"}, "max_steps": 2, "batch_size": 2, "device": "cpu"}
+    watch = {"every_steps": 1, "holdout": f"{tmp_path}/holdout.jsonl"}
+    (tmp_path / "holdout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RETAIN))
+    kept = [{"question": f"What is {n} and {n}?", "answer": f"Twice {n}."} for n in range(20)]
+    rows = {"forget": FORGET, "retain": kept, "out": tmp_path / "r"}
+    alter.unlearn(pico(), tokenizer=byte_tokenizer(), watch=watch, **rows, **given)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_verdict_of_a_run_is_what_its_command_found(tmp_path):
@@ -177,7 +187,7 @@ def test_what_is_no_result_and_no_run_is_refused_in_a_page(run, tmp_path):
     for given, says in (
         ({}, "Nothing to report"),
         ({"runs": tmp_path / "none"}, "No run at"),
-        ({"runs": 5}, r"`runs\[?\.?0?\]?`?.*valid string \(got 5\)"),
+        ({"runs": 5}, r"runs: Input should be a valid string \(got 5\)"),
         ({"runs": run, "records": [5]}, r"valid string \(got 5\)"),
         ({"runs": run, "attacks": tmp_path}, "has no records.json"),
         ({"runs": run, "records": "x.json"}, "No result file at x.json"),
@@ -190,5 +200,5 @@ def test_what_is_no_result_and_no_run_is_refused_in_a_page(run, tmp_path):
 def test_a_subject_or_a_document_is_asked_for(tmp_path):
     with pytest.raises(alter.UserError, match="neither was given"):
         alter.forget(model=MINI, out=tmp_path / "r")
-    with pytest.raises(alter.UserError, match=r"`subject`: Input should be a valid string \(got LlamaForCausalLM"):
+    with pytest.raises(alter.UserError, match=r"subject: Input should be a valid string \(got LlamaForCausalLM"):
         alter.forget(pico(), out=tmp_path / "r")

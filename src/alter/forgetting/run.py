@@ -122,7 +122,8 @@ def forget(settings: Forget) -> Path:
     took = {"rows": "rows", "train": "training", "erase": "erasing", "measure": "measuring"}
     parts = ", ".join(f"{took[part]} {seconds:.0f}" for part, seconds in figures["seconds"].items())
     print_line(console, f"All of it took {time.time() - started:.0f} s ({parts}).")
-    print_line(console, _next(settings, out))
+    if not console.quiet:
+        print_line(console, _next(settings, out))
     return out
 
 
