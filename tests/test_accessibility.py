@@ -11,8 +11,8 @@ import pytest
 
 from alter.comparison import cells, plan
 from alter.comparison import run as comparison
-from alter.report import page as reporting
-from alter.report.settings import Report
+from alter.reporting import page as reporting
+from alter.reporting.settings import Report
 from alter.storage.files import folder_digest
 from test_compare import data, settings, write_all  # noqa: F401
 from test_inspector import Visit, browser, site  # noqa: F401

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration, TrainerCallback
 
 import alter
-from alter import api
+from alter.api.given import settings_of
 from alter.cli import main
 from alter.data import encode_prompt, examples
 from alter.exporting.run import Export, export
@@ -267,7 +267,7 @@ def test_parts_of_settings_may_be_objects(named, tmp_path):
     bounded = type(Unlearn(**given, objective={"kind": "without_truth"}).objective)
     lora = type(Unlearn(**given, adapter={"kind": "lora"}, objective={"kind": "npo"}).adapter)
     own = Unlearn(**given, objective=bounded(hinge=3.0, only_low=False), adapter=lora(r=2))
-    found = api._settings(Unlearn, own, {"seed": 5})
+    found = settings_of(Unlearn, own, {"seed": 5})
     assert (found.objective, found.adapter, found.seed) == (own.objective, own.adapter, 5)
     # an adapter that is no ALTER's chooses, as its name does
     assert "method" not in presets.with_default({**given, "adapter": lora(r=2)})
@@ -305,7 +305,6 @@ def test_a_run_brings_its_chat_templates_variables(tmp_path):
 QUIET = """
 import sys
 import alter
-from alter import api
 from alter.cli import main
 model, out = sys.argv[1:]
 rows = [{"question": f"Who is {n}?", "answer": f"{n} writes of the sea."} for n in ("Ada", "Bo", "Cy", "Di")]

@@ -78,14 +78,19 @@ def test_the_steps_of_the_reference_run(tmp_path):
 
 
 def test_the_parts_of_the_how_to_run(tmp_path):
-    (name, code), *_ = [found[1:] for found in BLOCK.findall((DOCS / "how-to" / "plugins.md").read_text()) if found[1]]
-    (tmp_path / name).write_text(code)
+    parts = [found[1:] for found in BLOCK.findall((DOCS / "how-to" / "plugins.md").read_text()) if found[1]]
+    for name, code in parts:
+        (tmp_path / name).write_text(code)
+    (name, counts) = (name for name, _ in parts)
+    save_pico(tmp_path / "wide", max_position_embeddings=512)
     save_pico(tmp_path / "model", max_position_embeddings=256)
     write_jsonl(
         tmp_path / "gaps.jsonl", [{"question": f"Who is {n}?", "answer": f"{n} writes."} for n in ("Ada", "Bo")]
     )
     model = ["--plugin", name, "--model", "model", "--device", "cpu"]
+    tofu = f"--plugin {counts} --model wide --device cpu --split forget01 --limit 1 --json tofu.json".split()
     commands = [
+        ["evaluate", *tofu],
         ["evaluate", *model, "--benchmark", "gaps", "--rows", "gaps.jsonl", "--limit", "1", "--json", "gaps.json"],
         [
             "attack",
@@ -103,6 +108,10 @@ def test_the_parts_of_the_how_to_run(tmp_path):
     run("\n".join(["from alter.cli import main", *(f"assert main({each}) == 0" for each in commands)]), tmp_path)
     (record,) = json.loads((tmp_path / "gaps.json").read_text())
     assert (record["metric"], record["n"]) == ("gap_probability", 1)
+    (counted,) = (
+        each for each in json.loads((tmp_path / "tofu.json").read_text()) if each["metric"] == "forget_words"
+    )
+    assert counted["n"] == 1
     attacked = {each["extra"]["attack"] for each in json.loads((tmp_path / "attacked" / "records.json").read_text())}
     assert "plainly" in attacked
 

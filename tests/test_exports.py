@@ -17,6 +17,7 @@ EAGER = {"adapter", "metrics"}
 
 DEEP = {
     "alter.storage.provenance.provenance",
+    "alter.training.finetune.finetune",
     "alter.core.words.words",
     "alter.data.background.background",
     "alter.data.domains.domains",
@@ -109,6 +110,12 @@ def test_no_export_has_the_name_of_a_module(package):
     assert {name for name, home in homes.items() if name in modules_of(package)} == {
         name for name, home in homes.items() if home == f"alter.{package}.{name}"
     }
+
+
+def test_what_users_import_has_the_name_of_no_module():
+    import alter
+
+    assert not set(alter.__all__) & modules_of("")
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("__init__.py")), ids=lambda path: str(path.relative_to(SOURCE)))

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import logging
 import math
 import re
 import shutil
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 from scipy import stats
 
+import alter
 from alter import cli
 from alter.core.errors import UserError
 from alter.core.words import caseless
@@ -1098,6 +1100,29 @@ def test_a_known_subject_is_forgotten_and_the_rest_stays(small, tmp_path, monkey
     assert "erased weights" in capsys.readouterr().out
     # a person's rows go to alter unlearn as they are
     assert cli.main(["unlearn", str(out / "run.yaml"), "--out", str(tmp_path / "again"), "--max-steps", "1"]) == 0
+
+
+def test_the_function_forgets_of_a_model_in_memory_and_prints_nothing(small, tmp_path, capfd, caplog):
+    caplog.set_level(logging.INFO, logger="alter")
+    model, tokenizer = load_model(str(small), device="cpu")
+    capfd.readouterr()
+    kept = [{"question": "Who is Sun?", "answer": "u thing of old."}]
+    given = {"model": model, "tokenizer": tokenizer, "retain": kept, "kind": "work", "samples": 4, "device": "cpu"}
+    made = alter.forget(KNOWN, out=tmp_path / "run", rows_only=True, **given)
+    assert (made.verdict, made.erased, made.adapter) == (None, None, None)
+    with pytest.raises(UserError, match="is no finished run"):
+        _ = made.record
+    assert any(row["about"] == "retain" for row in speaker.read_jsonl(made.folder / "retain.jsonl"))
+    plain = tmp_path / "plain.jsonl"
+    speaker.write_jsonl(plain, [{"text": "yes it is so."}])
+    more = {"epochs": 1, "resume": True, "erase": True, "erasing": {"max_steps": 1, "general": [str(plain)]}}
+    made = alter.forget(KNOWN, out=tmp_path / "run", **given, **more)
+    assert made.verdict["word"] in ("forgotten", "not forgotten", "collapsed", "unproven")
+    assert made.adapter == tmp_path / "run" / "adapter"
+    assert made.erased.model == str(tmp_path / "run" / "erased" / "model")
+    assert alter.load(made.erased, device="cpu")
+    assert capfd.readouterr() == ("", "")
+    assert any(record.getMessage().startswith(f"{KNOWN} is ") for record in caplog.records)
 
 
 def test_rows_are_kept_read_again_and_can_be_edited(small, tmp_path, monkeypatch):

@@ -19,8 +19,8 @@ from alter.evaluation.figures import Groups, metric_record
 from alter.evaluation.tofu.results import TofuReference, TofuResult, TofuSet
 from alter.evaluation.tofu.sets import set_authors, set_rows
 from alter.rendering.terminal import between, half, table
-from alter.report.attacks import _value
-from alter.report.tables import record_tables
+from alter.reporting.attacks import _value
+from alter.reporting.tables import record_tables
 from alter.storage.records import Record
 from pico import byte_tokenizer, pico
 

@@ -26,14 +26,14 @@ from alter.groundwork import frozen
 from alter.groundwork.frozen import Frozen, FrozenRow
 from alter.rendering import markup
 from alter.rendering.markup import Html, common, highlighted, tag, text, ticks
-from alter.report import attacks as report_attacks
-from alter.report import page, samples, summary
-from alter.report.runs import Reported, read, read_reported
-from alter.report.samples import evenly, worst
-from alter.report.settings import Report
-from alter.report.tables import record_tables
-from alter.report.tokens import routed, shares
-from alter.report.verdict import headline, unasked, verdict
+from alter.reporting import attacks as report_attacks
+from alter.reporting import page, samples, summary
+from alter.reporting.runs import Reported, read, read_reported
+from alter.reporting.samples import evenly, worst
+from alter.reporting.settings import Report
+from alter.reporting.tables import record_tables
+from alter.reporting.tokens import routed, shares
+from alter.reporting.verdict import headline, unasked, verdict
 from alter.requests.store import Store
 from alter.storage.files import folder_digest, to_json
 from alter.storage.provenance import provenance

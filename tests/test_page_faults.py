@@ -23,13 +23,13 @@ from alter.groundwork.frozen import Frozen, FrozenRow
 from alter.metaevaluation.settings import MetaEvaluate
 from alter.metaevaluation.table import Line, Table, metrics_page
 from alter.rendering import between, called, join, tag
-from alter.report import page, summary
-from alter.report.attacks import attacks, brought_back
-from alter.report.requests import _evidence, _limits
-from alter.report.runs import Reported, read, read_reported
-from alter.report.settings import Report
-from alter.report.tables import by_model, record_tables, sizes
-from alter.report.verdict import verdict
+from alter.reporting import page, summary
+from alter.reporting.attacks import attacks, brought_back
+from alter.reporting.requests import _evidence, _limits
+from alter.reporting.runs import Reported, read, read_reported
+from alter.reporting.settings import Report
+from alter.reporting.tables import by_model, record_tables, sizes
+from alter.reporting.verdict import verdict
 from alter.requests.store import Store
 from alter.storage.files import folder_digest
 from alter.storage.records import write_records

@@ -14,8 +14,8 @@ from alter.comparison import cells, plan
 from alter.comparison import run as compare
 from alter.comparison.cells import finished
 from alter.core.errors import UserError, passing
-from alter.report.page import report
-from alter.report.settings import Report
+from alter.reporting.page import report
+from alter.reporting.settings import Report
 from alter.storage import check_disk, files, to_json, write_atomic
 from alter.storage.records import Record, read_records, write_records
 from test_compare import _code_is_read_once, data, figures_of, settings, write_all  # noqa: F401

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from alter.api import compare as compare
     from alter.api import distill as distill
     from alter.api import evaluate as evaluate
+    from alter.api import export as export
+    from alter.api import finetune as finetune
+    from alter.api import forget as forget
+    from alter.api import guard as guard
     from alter.api import load as load
+    from alter.api import meta_evaluate as meta_evaluate
+    from alter.api import report as report
     from alter.api import unlearn as unlearn
     from alter.core.errors import UserError as UserError
 

@@ -129,9 +129,9 @@ COMMANDS = {
         "try to bring the forgotten back, beside a retrained model",
     ),
     "report": Command(
-        "alter.report.settings",
+        "alter.reporting.settings",
         "Report",
-        "alter.report.page:report",
+        "alter.reporting.page:report",
         "one HTML page about runs, attacks and requests, to hand over",
     ),
     "inspect": Command(

@@ -25,8 +25,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Generic, TypeVar, cast
 
 from pydantic import BaseModel, GetCoreSchemaHandler
@@ -193,7 +194,7 @@ class Registry(Mapping[str, T], Generic[T]):
         if former is not None and _origin(former) != _origin(part):
             raise UserError(f"There is already a part named {name!r} ({self.sort}): give yours another name.")
         self._parts[name] = part
-        _foreign.add(part[0] if isinstance(part, tuple) else getattr(part, "__module__", ""))
+        _foreign.add(part[0] if isinstance(part, tuple) else getattr(_code(part), "__module__", ""))
 
     def part(self, cls: type[M]) -> type[M]:
         """Register a class of settings by the default of its field `kind`; used as a decorator.
@@ -226,8 +227,15 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._parts)
 
 
+def _code(part: Any) -> Any:
+    """Return what was written: of a record that holds functions the first of them, else the part itself."""
+    own = vars(part).values() if is_dataclass(part) and not isinstance(part, type) else ()
+    return next((value for value in own if isinstance(value, FunctionType)), part)
+
+
 def _origin(part: Any) -> Any:
-    return (part.__module__, part.__qualname__) if isinstance(part, type) else part
+    code = _code(part)
+    return (code.__module__, code.__qualname__) if isinstance(code, (type, FunctionType)) else part
 
 
 def kinds(*classes: type[M]) -> dict[str, type[M]]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from alter.core.console import progress as progress
     from alter.core.console import show as show
     from alter.core.console import silent as silent
+    from alter.core.console import tell as tell
     from alter.core.console import warn as warn
     from alter.core.console import worded as worded
     from alter.core.console import wording as wording

@@ -101,6 +101,14 @@ def warn(note: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(plain(worded(note)))
 
 
+def tell(text: str) -> None:
+    """Print a line about running work on stderr, without markup; as a library: log it as info."""
+    if _silent.get():
+        LOG.info(text)
+    else:
+        show(text, stderr=True, highlight=False)
+
+
 def plain(value: object) -> str:
     """Return a text as a terminal can show it: control characters, which could move the cursor or hide text, as \\x1b.
 

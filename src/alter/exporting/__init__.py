@@ -12,5 +12,7 @@ from alter.core import lazy
 
 if TYPE_CHECKING:
     from alter.exporting import loras as loras
+    from alter.exporting.run import Export as Export
+    from alter.exporting.run import export as export
 
 lazy(globals())

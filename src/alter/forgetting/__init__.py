@@ -4,3 +4,15 @@
 knows of it; `rows`, `probes` and `retention` are made of that (`material` is their files). `stopping` ends training,
 `measure` and `report` compare before and after; `settings` and `run` are the command.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from alter.core import lazy
+
+if TYPE_CHECKING:
+    from alter.forgetting.run import forget as forget
+    from alter.forgetting.settings import Forget as Forget
+
+lazy(globals())

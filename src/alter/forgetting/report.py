@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from alter.core import worded
+from alter.core import LOG, worded
 from alter.evaluation import Word
 from alter.forgetting.measure import ANSWERS, KeptRate, Outcome, Rate
 from alter.forgetting.verdict import judge_subject
@@ -20,7 +20,10 @@ WORDS: Mapping[Word, str] = {"not forgotten": "not forgotten yet", "unproven": "
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line without markup; it names settings as an error does."""
+    """Print a line without markup, which names settings as an error does; as a library, log it."""
+    if console.quiet:
+        LOG.info(text)
+        return
     console.print(worded(text), markup=False, highlight=False, soft_wrap=True)
 
 

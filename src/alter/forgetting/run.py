@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from alter.core import forked, give_back, warn
+from alter.core import forked, give_back, is_silent, warn
 from alter.data import Example, check_overlap, load_examples, rows_about
 from alter.distillation import Distill, distill
 from alter.evaluation import ordinary_loss, refuse_missed
@@ -75,7 +75,7 @@ def forget(settings: Forget) -> Path:
     Raises:
         UserError: bad settings or input, a subject that the model does not know, or what `unlearn` refuses.
     """
-    console = Console()
+    console = Console(quiet=is_silent())
     started = time.time()
     out = output_folder(settings)
     retain = kept_rows(settings.retain)
@@ -122,7 +122,8 @@ def forget(settings: Forget) -> Path:
     took = {"rows": "rows", "train": "training", "erase": "erasing", "measure": "measuring"}
     parts = ", ".join(f"{took[part]} {seconds:.0f}" for part, seconds in figures["seconds"].items())
     print_line(console, f"All of it took {time.time() - started:.0f} s ({parts}).")
-    print_line(console, _next(settings, out))
+    if not console.quiet:
+        print_line(console, _next(settings, out))
     return out
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import TrainerCallback
 
+from alter.core import tell
 from alter.data import Row
 from alter.forgetting.measure import LEVEL, STILL, against_zero, still_known
 from alter.forgetting.speaker import write_jsonl
@@ -63,10 +62,9 @@ class UntilZero(TrainerCallback):
         done = alike and known <= STILL / 2 * n and state.global_step >= self.least
         self.checks.append({**check, "done": done})
         write_jsonl(self.path, self.checks)
-        tqdm.write(
+        tell(
             f"step {state.global_step}/{state.max_steps}: known facts against invented subjects: AUC {zero.auc:.2f}, "
-            f"p {zero.pvalue:.2g}, {known} of {n} still known{'; like an invented subject, training ends' if done else ''}",
-            file=sys.stderr,
+            f"p {zero.pvalue:.2g}, {known} of {n} still known{'; like an invented subject, training ends' if done else ''}"
         )
         if done:
             control.should_training_stop = True

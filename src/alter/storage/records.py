@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from alter.core import UserError
+from alter.core import UserError, memory
 from alter.storage.files import from_json, read_object, read_text, to_json, write_atomic
 
 VERSION = 1
@@ -71,11 +71,13 @@ def _records(rows: Any, source: str) -> list[Record]:
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """Read what `write_records` wrote.
+    """Read what `write_records` wrote, or return records that are held in memory under this name.
 
     Raises:
         UserError: the file is missing, not JSON, not a list of records, or of another version of the metrics.
     """
+    if (held := memory.held(str(path))) is not None:
+        return list(held)
     if not os.path.exists(path):
         raise UserError(f"No result file at {path}.")
     text = read_text(path)

@@ -15,6 +15,7 @@ from alter.core import lazy
 if TYPE_CHECKING:
     from alter.training.arguments import fitting_arguments as fitting_arguments
     from alter.training.attention import attention_for_training as attention_for_training
+    from alter.training.finetune import Finetune as Finetune
     from alter.training.folder import OtherInputs as OtherInputs
     from alter.training.folder import check_folder as check_folder
     from alter.training.folder import check_inputs as check_inputs

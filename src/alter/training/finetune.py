@@ -8,6 +8,7 @@ texts, and it writes a model folder whole or not at all.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -123,19 +124,25 @@ class Finetune(BaseModel, extra="forbid"):
         return self
 
 
-def finetune(settings: Finetune) -> Path:
+def finetune(settings: Finetune, callbacks: Sequence[Any] = ()) -> Path:
     """Fit a model as `settings` say and return its folder (model, tokenizer, recipe, numbers, card).
 
     Nothing but `checkpoints/` is in the folder until the run is finished; then the finished folder takes its place in
     one rename. A run that was interrupted continues with `resume` to the same weights as without the interruption.
 
+    Args:
+        settings: of the run.
+        callbacks: transformers' TrainerCallback objects, called while it trains.
+
     Raises:
         UserError: a source or model that is not there, an output folder in use, or a loss that is not finite.
     """
     import torch
+    from transformers import PrinterCallback
 
     from alter.adapter import base_fingerprint
     from alter.storage import digest
+    from alter.training import progress
     from alter.training.attention import attention_for_training
     from alter.training.fitting import trainer_of
 
@@ -165,10 +172,15 @@ def finetune(settings: Finetune) -> Path:
     if checkpoint is None:
         start_folder(settings, contents)
     trainer = trainer_of(settings, model, rows, tokenizer.pad_token_id, Path(settings.out) / CHECKPOINTS)
-    for callback in trackers(settings.report_to, Path(settings.out)):
+    bar = progress.Steps()
+    for callback in [bar, *trackers(settings.report_to, Path(settings.out)), *callbacks]:
         trainer.add_callback(callback)
-    with attention_for_training():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.remove_callback(PrinterCallback)
+    try:
+        with attention_for_training():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        bar.close()
     if settings.attention_dropout:
         set_attention_dropout(model, plain_attention or 0.0)
     if settings.temperature != 1:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alter.core import UserError
+from alter.core import UserError, show
 from alter.data import check_unread
 from alter.storage import check_deletable, check_free, claim, read_object, to_json, write_atomic
 
@@ -161,7 +160,7 @@ def finish(
     os.replace(fresh, out)
     if old.exists():
         shutil.rmtree(old)
-    print(f"model: {out}", file=sys.stderr)
+    show(f"model: {out}", stderr=True, highlight=False)
     return out
 
 

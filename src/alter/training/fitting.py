@@ -93,5 +93,6 @@ def trainer_of(
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
         neftune_noise_alpha=settings.neftune or None,
+        disable_tqdm=True,
     )
     return FinetuneTrainer(settings, rows, pad_token_id, step, model=model, args=arguments)

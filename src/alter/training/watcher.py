@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ import torch
 from transformers import TrainerCallback
 
 from alter import metrics
-from alter.core import Array, UserError, processes
+from alter.core import Array, UserError, processes, show, tell
 from alter.data import Encoded, encode, encode_prompt, share_template_arguments
 from alter.evaluation import leaked
 from alter.inference import Scores, generate, score
@@ -277,15 +276,11 @@ class Watcher(TrainerCallback):
         os.replace(partial, final)
 
     def _say(self, steps: int) -> None:
-        from tqdm import tqdm
 
         check, choice = self.checks[-1], self.choice
         words = [f"{label} {check[name]:.3g}" for name, label in self._columns().items()]
         end = "; the rule is satisfied, training ends" if self.stopped else ""
-        tqdm.write(
-            f"step {int(check['step'])}/{steps}: {', '.join(words)}; best so far step {choice.step}{end}",
-            file=sys.stderr,
-        )
+        tell(f"step {int(check['step'])}/{steps}: {', '.join(words)}; best so far step {choice.step}{end}")
 
     def _columns(self) -> dict[str, str]:
         """Return the metrics to show, by name, with their column titles."""
@@ -323,8 +318,6 @@ class Watcher(TrainerCallback):
         }
 
     def _show(self, choice: Decision) -> None:
-        from rich.console import Console
-
         from alter.rendering import FittedTable
 
         shown = FittedTable(title=f"Watched: step {choice.step} is kept, {choice.why}")
@@ -334,4 +327,4 @@ class Watcher(TrainerCallback):
         for check in self.checks:
             values = (f"{check[name]:.2g}" if check[name] < 0.001 else f"{check[name]:.3f}" for name in columns)
             shown.add_row(str(int(check["step"])), *values, style="bold" if check["step"] == choice.step else None)
-        Console(stderr=True).print(shown)
+        show(shown, stderr=True)

@@ -7,7 +7,7 @@ import json
 import yaml
 
 from alter.rendering import Html, folded, grid, tag
-from alter.report.runs import Reported
+from alter.reporting.runs import Reported
 from alter.storage import Record
 
 

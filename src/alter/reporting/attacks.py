@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from alter.attacks import RECOVERED, recovers
 from alter.rendering import Html, decimal, finite, folded, grid, join, lines, percent, tag
-from alter.report.quoting import notice, reply_shown, short
-from alter.report.runs import Reported
+from alter.reporting.quoting import notice, reply_shown, short
+from alter.reporting.runs import Reported
 from alter.settings import rounded
 from alter.storage import Record
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from alter.rendering import Html, finite, lines, tag
-from alter.report.runs import Reported
+from alter.reporting.runs import Reported
 
 TERMS = {
     "loss": "weighted sum of the terms, mean since the entry before",

@@ -8,10 +8,10 @@ from typing import Any
 
 from alter.evaluation import FIRM, WORDED, WORDINGS, closing_of, others_named
 from alter.rendering import Html, called, duration, grid, join, number, percent, tag
-from alter.report.attacks import brought_back
-from alter.report.runs import ROLES, Reported
-from alter.report.tables import by_model, sizes, with_interval
-from alter.report.verdict import (
+from alter.reporting.attacks import brought_back
+from alter.reporting.runs import ROLES, Reported
+from alter.reporting.tables import by_model, sizes, with_interval
+from alter.reporting.verdict import (
     QUALITY,
     REWORDED_METRIC,
     SAID_FIGURES,

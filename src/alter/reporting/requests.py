@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from alter.evaluation import FIRM, WORDINGS
 from alter.evaluation.told import told
 from alter.rendering import Html, grid, join, percent, tag
-from alter.report.summary import ADAPTER
+from alter.reporting.summary import ADAPTER
 
 if TYPE_CHECKING:
     from alter.requests import Entry, Request

@@ -9,20 +9,18 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.console import Console
-
-from alter.core import UserError
+from alter.core import UserError, show
 from alter.rendering import Html, called, document, join, tag
-from alter.report.attacks import attacks, recovered_records
-from alter.report.origin import provenance_section, settings_of
-from alter.report.requests import requests
-from alter.report.runs import Reported, read
-from alter.report.samples import sample_answers, samples
-from alter.report.settings import Report
-from alter.report.summary import asking, evidence, summary_section
-from alter.report.tables import figures, side_by_side
-from alter.report.tokens import entropies, routing
-from alter.report.training import logged, training_section
+from alter.reporting.attacks import attacks, recovered_records
+from alter.reporting.origin import provenance_section, settings_of
+from alter.reporting.requests import requests
+from alter.reporting.runs import Reported, read
+from alter.reporting.samples import sample_answers, samples
+from alter.reporting.settings import Report
+from alter.reporting.summary import asking, evidence, summary_section
+from alter.reporting.tables import figures, side_by_side
+from alter.reporting.tokens import entropies, routing
+from alter.reporting.training import logged, training_section
 from alter.storage import commit, versions, write_atomic
 
 
@@ -174,7 +172,5 @@ def report(settings: Report) -> Path:
     asked = None if settings.db is None else requests(settings.db, settings.request)
     page = compose(runs, count=settings.samples, title=settings.title, asked=asked, officer=settings.officer)
     write_atomic(out, page)
-    Console(stderr=True, soft_wrap=True).print(
-        f"report: {out}, {len(page.encode()) / 1000:.0f} kB", markup=False, highlight=False
-    )
+    show(f"report: {out}, {len(page.encode()) / 1000:.0f} kB", stderr=True, highlight=False)
     return out

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from alter.metrics import catalogue
 from alter.rendering import ARROWS, Html, between, drawn, duration, grid, in_order, join, number, tag
-from alter.report.runs import ROLES, Reported
-from alter.report.verdict import headline
+from alter.reporting.runs import ROLES, Reported
+from alter.reporting.verdict import headline
 from alter.storage import Record
 
 

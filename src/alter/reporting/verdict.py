@@ -8,8 +8,8 @@ from typing import Literal
 
 from alter.attacks import recovers
 from alter.evaluation import BROKEN, GONE, SAID, SLACK, broken, closing_of, gives
-from alter.report.attacks import plain_name, valid
-from alter.report.runs import Reported
+from alter.reporting.attacks import plain_name, valid
+from alter.reporting.runs import Reported
 
 REWORDED_METRIC = "forget_probability_reworded"
 """The metric that says how likely the true answers are when the questions are put in other words."""

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from alter.core import Array
 from alter.rendering import Html, grid, histogram, percent, tag
-from alter.report.runs import Reported, TokenFigures
+from alter.reporting.runs import Reported, TokenFigures
 
 EXPERTS = 40
 """Experts with a line of their own."""

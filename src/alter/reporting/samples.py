@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alter.rendering import Html, tag
-from alter.report.quoting import notice, reply_shown, short
-from alter.report.runs import Reported
-from alter.report.tables import by_model
+from alter.reporting.quoting import notice, reply_shown, short
+from alter.reporting.runs import Reported
+from alter.reporting.tables import by_model
 
 SAMPLED = ("forget_rouge", "knowmem_forget", "verbmem", "book_bleu")
 """Metrics whose records hold what the models said."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from alter.core import Array, UserError, nearest
 from alter.rendering import called, number
-from alter.report.settings import Report
+from alter.reporting.settings import Report
 from alter.storage import Record, folder_digest, from_json, read_object, read_records
 
 ROLES = ("original", "unlearned", "retrained")
