@@ -89,7 +89,7 @@ def known_data(folder):
     memorise(folder)
     recipe = {
         "adapter": {"r": 4, "entropy_threshold": 1.0},
-        "router_fit": {"method": "logistic", "background": False, "rewordings": 0, "false_alarms": None, "steps": 300},
+        "router_fit": {"method": "logistic", "background": False, "rewordings": 0, "false_alarms": None, "steps": 60},
         "learning_rate_experts": 0.02,
         "objective": {"kind": "without_truth", "hinge": 3.0},
         "epochs": 6,
