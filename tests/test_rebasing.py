@@ -50,7 +50,9 @@ def data(tmp_path_factory):
         "device": "cpu",
         "batch_size": 6,
         "learning_rate": 5e-3,
-        "max_steps": 60,
+        "max_steps": 100,
+        # what no request asks for yet must be known afterwards as well
+        "shares": {"forget": 0.3, "keep": 0.2, "general": 0.5},
     }
     (folder / "distill.yaml").write_text(yaml.safe_dump(distilling))
     without = distilling | {"general": [str(folder / "retain.jsonl")]}
