@@ -17,16 +17,17 @@ from alter import cli
 from alter.attacks import run as attacks
 from alter.attacks.weights import base_linears
 from alter.core.errors import UserError
+from alter.data import rewording
 from alter.data.encoding import encode, encode_all, encode_prompt
 from alter.data.rows import Example, load_examples
-from alter.guarding import eco
+from alter.guarding import classifier, eco
 from alter.guarding.run import make_guard, write_guard
 from alter.guarding.settings import MakeGuard
 from alter.inference import internals, scoring
 from alter.inference.generation import generate, left_padded, sample
 from alter.methods import presets
 from alter.models import guards
-from alter.models.guards import Detector, Likeness, agents, mean_states
+from alter.models.guards import Detector, Likeness, agents, mean_states, window_means
 from alter.models.guards.neurons import keys_of
 from alter.models.loading import load_model
 from alter.serving.engine import Engine
@@ -54,7 +55,8 @@ def folder(tmp_path_factory):
         given |= {"gradient_accumulation_steps": 1, "learning_rate": 3e-2}
         unlearn(Unlearn.model_validate(presets.expand(given)))
     rows = {name: str(folder / f"{name}.jsonl") for name in ("forget", "retain")}
-    how = {"kind": "eco", "threshold": 0.5, "rounds": 2}
+    # this model hardly tells a part of a question, or the same in other words
+    how = {"kind": "eco", "threshold": 0.5, "rounds": 2, "rewordings": 0, "window": 64}
     given = {"model": str(folder / "model"), **rows, "guard": how, "out": adapter(folder, "eco"), "device": "cpu"}
     make_guard(MakeGuard.model_validate(given))
     for kind, more in (
@@ -448,7 +450,7 @@ def test_only_recognised_prompts_are_corrupted_and_others_are_bit_equal(dims, si
     for row, n in zip(rows, prompts, strict=True):
         with torch.no_grad():
             states = base(input_ids=torch.tensor([row[:n]]), output_hidden_states=True).hidden_states[1]
-        means.append(sum(states[0, t] for t in range(n)) / n)
+        means.append(sum(states[0, t] for t in range(1, n)) / (n - 1))
     scores = [float(mean @ weight) for mean in means]
     # the first is recognised, and whichever else is as far
     bias = torch.tensor(-(scores[0] + min(s for s in scores if s != scores[0])) / 2)
@@ -465,7 +467,7 @@ def test_only_recognised_prompts_are_corrupted_and_others_are_bit_equal(dims, si
     given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     with torch.no_grad():
         plain = base(**given).logits
-        model = guards.Corrupted(base, guards.PromptClassifier(weight, bias, 1), settings).eval()
+        model = guards.Corrupted(base, guards.PromptClassifier(weight, bias, 1, 8), settings).eval()
         decision = model.decide(ids, mask, prompts)
         found = model(**given, decision=decision).logits
         with model.disable_adapter():
@@ -484,8 +486,9 @@ def test_only_recognised_prompts_are_corrupted_and_others_are_bit_equal(dims, si
 def test_the_classifier_weighs_classes_alike_and_its_alarms_are_counted():
     rng = np.random.default_rng(0)
     forget, benign = rng.normal(1.0, 1.5, (12, 3)), rng.normal(-1.0, 1.5, (40, 3)) * [1, 5, 0.2]
-    found = eco.fit_classifier(forget, benign, false_alarms=0.1, threshold=0.2, seed=0)
-    both = np.concatenate([forget, benign])
+    forget, benign = list(forget[:, None]), list(benign[:, None])
+    found = classifier.fit_classifier(forget, benign, false_alarms=0.1, threshold=0.2, seed=0)
+    both = np.concatenate([*forget, *benign])
     middle, spread = both.mean(0), both.std(0)
     # where the penalised loss is least, its gradient by each standardised weight is zero
     for j in range(3):
@@ -495,13 +498,103 @@ def test_the_classifier_weighs_classes_alike_and_its_alarms_are_counted():
             label, size = (1, 12) if i < 12 else (0, 40)
             total += 52 / (2 * size) * (p - label) * (x[j] - middle[j]) / spread[j]
         assert total == pytest.approx(0, abs=2e-2)
-    assert found.alarms <= 0.1
+    assert found.alarms.mean() <= 0.1
     assert found.threshold >= 0.2
-    strict = eco.fit_classifier(forget, benign, false_alarms=0.0, threshold=0.2, seed=0)
-    assert strict.alarms == 0
+    strict = classifier.fit_classifier(forget, benign, false_alarms=0.0, threshold=0.2, seed=0)
+    assert not strict.alarms.any()
     assert strict.threshold >= found.threshold
     with pytest.raises(UserError, match="two rows"):
-        eco.fit_classifier(forget[:1], benign, false_alarms=0, threshold=0.5, seed=0)
+        classifier.fit_classifier(forget[:1], benign, false_alarms=0, threshold=0.5, seed=0)
+
+
+def test_wordings_of_one_row_are_left_out_of_the_fit_together():
+    rng = np.random.default_rng(0)
+    # nothing tells the classes apart: what is recognised was seen in the fit
+    forget, benign = (list(np.repeat(rng.normal(size=(12, 1, 60)), 3, axis=0)) for _ in range(2))
+    rows = np.repeat(np.arange(12), 3).tolist()
+    given = {"false_alarms": 0.9, "threshold": 0.5, "seed": 0}
+    assert classifier.fit_classifier(forget, benign, **given).caught.mean() > 0.95
+    found = classifier.fit_classifier(forget, benign, rows=(rows, rows), **given)
+    assert found.caught.mean() < 0.7
+    assert found.recognised(forget).all()
+    with pytest.raises(UserError, match="there are 1 and 12"):
+        classifier.fit_classifier(forget[:3], benign, rows=([0, 0, 0], rows), **given)
+
+
+def test_a_prompt_is_judged_by_the_likest_of_its_windows():
+    rng = np.random.default_rng(1)
+    subject = np.eye(8)[0] * 12
+    # what is to be forgotten is asked at the end of a long prompt, and is all of a text
+    forget = [np.concatenate([subject[None], np.zeros((k, 8))]) + rng.normal(size=(k + 1, 8)) for k in range(6)]
+    forget += [subject + rng.normal(size=(4, 8)) for _ in range(3)]
+    benign = [rng.normal(size=(1 + k % 9, 8)) for k in range(40)]
+    given = {"false_alarms": 0.0, "threshold": 0.5, "seed": 0}
+    found = classifier.fit_classifier(forget, benign, whole=[False] * 6 + [True] * 3, **given)
+    assert found.caught.all()
+    assert not found.alarms.any()
+    for prompt in [*forget, *benign]:
+        each = [1 / (1 + math.exp(-(float(found.weight @ x) + found.bias))) for x in prompt]
+        assert found.recognised([prompt]).tolist() == [max(each) > found.threshold]
+    both = found.recognised([forget[0], benign[5], forget[5]])
+    assert both.tolist() == [True, False, True]
+    # the fit learns from one window of a question, from all of a short text, from six of a long prompt
+    assert classifier.spread(np.arange(20)[:, None])[:, 0].tolist() == [0, 3, 7, 11, 15, 19]
+    assert classifier.spread(np.arange(3)[:, None])[:, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("tokens", "window"), [(1, 8), (2, 8), (9, 8), (10, 8), (30, 8), (30, 3), (30, 1)])
+def test_windows_go_back_from_the_end_without_the_first_token(tokens, window):
+    states = torch.randn(tokens, 5, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+    states[0] += 1000
+    rest = states[1:] if tokens > 1 else states
+    wanted, end = [], len(rest)
+    while not wanted or end >= window:
+        inside = [rest[t].double() for t in range(max(0, end - window), end)]
+        wanted.append(sum(inside) / len(inside))
+        end -= max(1, window // 4)
+    found = window_means(states, window)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), torch.stack(wanted), rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_are_asked_in_other_words_where_these_fit(folder):
+    _, _, tokenizer = loaded(folder, "eco")
+    rows = [Example("Who is Ada?", "She.", "qa"), Example(None, "The sea is blue. " * 8, "text")]
+    made = [
+        (0, "short", Example("Ada?", "She.", "qa")),
+        (0, "none", None),
+        (0, "long", Example("Ada " * 60, "", "qa")),
+    ]
+    short = len(classifier.prompts_of(tokenizer, rows[:1], None)[0])
+    found = classifier.asked_of(tokenizer, rows, 2 * short, made)
+    # a text is split, and each part of it counts as a row
+    assert found.given > 2
+    assert found.row == [*range(found.given), 0]
+    assert found.whole == [False, *[True] * (found.given - 1), False]
+    assert found.prompts[-1:] == classifier.prompts_of(tokenizer, [made[0][2]], None)
+    assert all(len(prompt) <= 2 * short for prompt in found.prompts)
+
+
+def test_a_classifier_is_asked_what_it_was_not_fitted_with(folder, capsys):
+    _, _, tokenizer = loaded(folder, "eco")
+    forget, retain = (load_examples(str(folder / f"{name}.jsonl")) for name in ("forget", "retain"))
+    unseen = {"verse": [Example(None, "The sea is blue.", "text")]}
+    asked = []
+
+    def recognises(prompts):
+        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return np.array(["FIRST" in words.upper() or "SEA" in words.upper() for words in asked])
+
+    found = classifier.measure(tokenizer, forget, retain, unseen, None, recognises)
+    assert len(set(asked)) == len(asked)
+    given = {tokenizer.decode(prompt) for prompt in classifier.prompts_of(tokenizer, [*forget, *retain], None)}
+    assert not given & set(asked)
+    assert found["caught"].keys() == rewording.MEASURED.keys() - {"as given"}
+    assert {name for name, rate in found["caught"].items() if rate["share"]} == {"two subjects"}
+    of_retain = sum(map(len, rewording.to_measure(retain, unseen).values())) - rewording.MEASURED_ROWS
+    assert found["false_alarms"]["prompts"] == 1 + of_retain
+    assert found["false_alarms"]["share"] == (1 + rewording.MEASURED_ROWS) / (1 + of_retain)
+    assert "two subjects 100 %" in " ".join(capsys.readouterr().err.split()).replace("%", " %").replace("  ", " ")
 
 
 def test_the_search_takes_the_steps_that_it_says():

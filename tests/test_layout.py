@@ -38,7 +38,7 @@ LAYERS = {
     "exporting": BASE | {"adapter", "data", "inference", "models"},
     "methods": {"core", "logits", "plugins", "adapter", "data", "settings", "models"},
     "groundwork": BASE | {"logits", "adapter", "data", "inference", "models", "methods"},
-    "guarding": BASE | {"plugins", "adapter", "data", "inference", "models", "methods"},
+    "guarding": BASE | {"metrics", "plugins", "adapter", "data", "inference", "models", "methods"},
     "training": BASE
     | {
         "logits",

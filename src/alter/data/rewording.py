@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from alter.data.rows import Example
 
@@ -125,6 +127,9 @@ def some_capitals(text: str, first: int) -> str:
     return " ".join(word.upper() if (k + first) % 2 else word for k, word in enumerate(text.split()))
 
 
+PASSAGES = ("prose", "facts", "code", "languages")
+"""Kinds of ordinary text, one of which may stand before a question."""
+
 OPENERS = ("What is the boiling point of water?", "How many days has a leap year?", "Which planet is the largest one?")
 
 FITTED: dict[str, Callable[[str, int, str], Wording]] = {
@@ -143,6 +148,12 @@ FITTED: dict[str, Callable[[str, int, str], Wording]] = {
 }
 """Wordings that join the fit: each makes a prompt of a question, the number of its row, and some other text."""
 
+AFTER_TEXT = 800
+"""Longest other text before a question, in characters."""
+
+AS_GIVEN = "as given"
+"""Name of a question's own wording."""
+
 MEASURED_ROWS = 8
 """Forget rows that are measured under each wording; two of them inside of a long text."""
 
@@ -150,7 +161,7 @@ LONG_TEXT = 6000
 """Characters of other text before a question, about 1,500 tokens."""
 
 MEASURED: dict[str, Callable[[str, int, str], Wording]] = {
-    "as given": lambda q, i, other: Wording(q),
+    AS_GIVEN: lambda q, i, other: Wording(q),
     "capitals": lambda q, i, other: Wording(q.upper()),
     "lower case": lambda q, i, other: Wording(q.lower()),
     "typos": lambda q, i, other: Wording(typos(q, 1000 + i)),
@@ -178,3 +189,52 @@ def reworded(example: Example, asked: Wording) -> Example | None:
         turns += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     turns.append({"role": "user", "content": asked.prompt})
     return Example(asked.prompt, example.answer, "messages", tuple(turns), index=example.index)
+
+
+def in_other_words(
+    examples: Sequence[Example], times: int, ordinary: Mapping[str, Sequence[Example]], generator: np.random.Generator
+) -> list[tuple[int, str, Example | None]]:
+    """Draw `times` of the fitted wordings for each question: its place among the examples, the wording's name, the reworded.
+
+    Args:
+        examples: rows; those without a question are passed over.
+        times: wordings of each.
+        ordinary: passages by kind, one of which may stand before a question.
+        generator: of the draws.
+
+    Returns:
+        None in place of a row that `reworded` does not reword.
+    """
+    texts = [e.answer for kind in PASSAGES for e in ordinary.get(kind, ())] or [""]
+    made: list[tuple[int, str, Example | None]] = []
+    for place, example in enumerate(examples):
+        if example.prompt is None:
+            continue
+        for name in generator.permutation(sorted(FITTED))[:times].tolist():
+            other = texts[int(generator.integers(len(texts)))][:AFTER_TEXT]
+            made.append((place, name, reworded(example, FITTED[name](example.prompt, place, other))))
+    return made
+
+
+def to_measure(
+    examples: Sequence[Example], unseen: Mapping[str, Sequence[Example]]
+) -> dict[str, list[Example | None]]:
+    """Ask `MEASURED_ROWS` of the examples, evenly spaced, in each wording that no fit sees.
+
+    Args:
+        examples: rows; those without a question are passed over.
+        unseen: passages by kind, none of them in a fit; the detective stories go before a question in "long text".
+
+    Returns:
+        by wording; None in place of a row that `reworded` does not reword.
+    """
+    long_text = " ".join(e.answer for e in unseen.get("detective", ()))[:LONG_TEXT]
+    places = np.linspace(0, len(examples) - 1, min(MEASURED_ROWS, len(examples))).astype(int).tolist()
+    return {
+        name: [
+            reworded(examples[i], make(prompt, i, long_text))
+            for i in (places[:2] if name == "long text" else places)
+            if (prompt := examples[i].prompt) is not None
+        ]
+        for name, make in MEASURED.items()
+    }

@@ -4,104 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from alter.adapter import base_fingerprint
 from alter.core import Array, UserError, show, warn
-from alter.data import Collator, Encoded, Example, apart_from, encode_all, encode_prompt
+from alter.data import Collator, Encoded, Example, apart_from, encode_all
 from alter.data.background import background
+from alter.data.rewording import in_other_words
+from alter.guarding.classifier import asked_of, fit_classifier, measure, prompt_windows
 from alter.guarding.settings import Eco, MakeGuard
-from alter.inference import context_length, evaluating, score
-from alter.models import CLASSIFIER, Corrupted, Form, ModelSettings, PromptClassifier, mean_states
+from alter.inference import context_length, score
+from alter.models import CLASSIFIER, Corrupted, Form, ModelSettings, PromptClassifier
 
-FOLDS = 5
 START = [10.0**power for power in range(-1, 6)]
 """Strengths that the search looks at first, in units of the embeddings' root mean square."""
-
-
-def prompts_of(tokenizer: Any, examples: Sequence[Example], limit: int | None) -> list[list[int]]:
-    """Return each row as a user would ask it, at most `limit` tokens: its prompt, or a row of text, split if it is longer."""
-    asked: list[list[int]] = []
-    for row in examples:
-        if row.kind == "text":
-            asked += [list(part.input_ids) for part in encode_all(tokenizer, [row], max_length=limit)[0]]
-        else:
-            asked.append(encode_prompt(tokenizer, row)[:limit])
-    return asked
-
-
-@torch.no_grad()
-def prompt_states(model: Any, prompts: Sequence[list[int]], depth: int, pad_token_id: int) -> Array:
-    """Return the mean hidden state of each prompt at one depth, [n, H]."""
-    collate, device = Collator(pad_token_id), next(model.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    found: dict[int, Tensor] = {}
-    with evaluating(model):
-        for start in range(0, len(order), 16):
-            members = order[start : start + 16]
-            batch = collate([{"input_ids": prompts[i]} for i in members])
-            given = {name: value.to(device) for name, value in batch.items()}
-            states = model(**given, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
-            means = mean_states([states[depth]], given["attention_mask"])[:, 0]
-            found |= dict(zip(members, means.float().cpu(), strict=True))
-    return torch.stack([found[i] for i in range(len(prompts))]).double().numpy()
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A classifier of prompts, its threshold, and their cross-validated quality.
-
-    Attributes:
-        weight, bias: of the logistic regression on hidden states as they are.
-        threshold: probability above which a prompt counts as recognised.
-        caught, alarms: shares of forget and of benign prompts above it, each scored by a fit without it.
-    """
-
-    weight: Array
-    bias: float
-    threshold: float
-    caught: float
-    alarms: float
-
-
-def fit_classifier(forget: Array, benign: Array, *, false_alarms: float, threshold: float, seed: int) -> Fitted:
-    """Fit a logistic regression, each class with the same total weight, on standardised states (L2, C = 1).
-
-    The threshold is the given one, or higher: the lowest above which at most a share `false_alarms` of the benign prompts lie
-    in `FOLDS`-fold cross-validation.
-
-    Args:
-        forget, benign: [n, H].
-
-    Raises:
-        UserError: there are fewer than two of either.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    fewest = min(len(forget), len(benign))
-    if fewest < 2:
-        raise UserError(
-            f"The classifier needs at least two rows to forget and two to keep; there are {len(forget)} and {len(benign)}."
-        )
-    x, y = np.concatenate([forget, benign]), np.repeat([1, 0], [len(forget), len(benign)])
-    made = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
-    folds = StratifiedKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
-    left_out = cross_val_predict(made, x, y, cv=folds, method="predict_proba")[:, 1]
-    harmless = np.sort(left_out[y == 0])[::-1]
-    chosen = max(threshold, float(harmless[min(int(false_alarms * len(harmless)), len(harmless) - 1)]))
-    scaler, regression = made.fit(x, y).steps[0][1], made.steps[1][1]
-    weight = regression.coef_[0] / scaler.scale_
-    bias = float(regression.intercept_[0] - scaler.mean_ @ weight)
-    caught, alarms = (float((left_out[y == label] > chosen).mean()) for label in (1, 0))
-    return Fitted(weight, bias, chosen, caught, alarms)
 
 
 def zeroth_order(
@@ -152,30 +72,50 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
             f"`guard.dims` is {how.dims}, but an embedding of {run.model} has {width} dimensions: give {width} or less."
         )
     pad, limit = tokenizer.pad_token_id, getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    ordinary = apart_from(background(), [f"{row.prompt or ''} {row.answer}" for row in forget])
+    named = [f"{row.prompt or ''} {row.answer}" for row in forget]
+    ordinary = apart_from(background(), named)
     kept = [*retain, *(row for rows in ordinary.values() for row in rows)]
-    rows, others = (prompts_of(tokenizer, part, limit) for part in (forget, kept))
+    draw = np.random.default_rng(run.seed)
+    own, others = (
+        asked_of(tokenizer, rows, limit, in_other_words(rows, times, ordinary, draw))
+        for rows, times in ((forget, how.rewordings), (kept, min(1, how.rewordings)))
+    )
     if how.strength is None:
         # before anything is fitted: a prompt may leave no room for its answer
         encode_all(tokenizer, forget, max_length=limit, label="forget")
     depth = max(1, round(how.depth * model.config.num_hidden_layers))
+
+    def windows(prompts: Sequence[list[int]], label: str) -> list[Array]:
+        return prompt_windows(model, prompts, depth, how.window, pad, label)
+
     fitted = fit_classifier(
-        *(prompt_states(model, part, depth, pad) for part in (rows, others)),
+        windows(own.prompts, "to forget"), windows(others.prompts, "others"), whole=own.whole, rows=(own.row, others.row),
         false_alarms=how.false_alarms, threshold=how.threshold, seed=run.seed,
     )  # fmt: skip
+    found = {"recognised": float(fitted.caught[: own.given].mean()), "false_alarms": float(fitted.alarms.mean())}
+    told = f"{found['recognised']:.0%} of {own.given} forget prompts recognised"
+    if len(own.prompts) > own.given:
+        found["in_other_words"] = float(fitted.caught[own.given :].mean())
+        told += f", {found['in_other_words']:.0%} of {len(own.prompts) - own.given} in other words"
     show(
-        f"classifier: {100 * fitted.caught:.0f} % of {len(rows)} forget prompts recognised, {100 * fitted.alarms:.1f} % of "
-        f"{len(others)} others (cross-validation; above {fitted.threshold:.3g})",
+        f"classifier: {told}, {found['false_alarms']:.1%} of {len(others.prompts)} others (cross-validation; above "
+        f"{fitted.threshold:.3g})",
         stderr=True,
+    )
+    unseen = apart_from(background(unseen=True), named)
+    held_out = measure(
+        tokenizer, forget, retain, unseen, limit, lambda asked: fitted.recognised(windows(asked, "measured"))
     )
     tensors = {"weight": torch.from_numpy(fitted.weight).float(), "bias": torch.tensor(fitted.bias)}
     settings: dict[str, Any] = {
-        "kind": Corrupted.kind, "depth": depth, "threshold": fitted.threshold, "dims": how.dims, "seed": run.seed,
+        "kind": Corrupted.kind, "depth": depth, "window": how.window, "threshold": fitted.threshold, "dims": how.dims, "seed": run.seed,
         "strength": how.strength, "base": base_fingerprint(model),
-        "cross_validation": {"recognised": fitted.caught, "false_alarms": fitted.alarms},
+        "cross_validation": found, "measured": held_out,
     }  # fmt: skip
     if how.strength is None:
-        guarded = Corrupted(model, PromptClassifier(tensors["weight"], tensors["bias"], depth), settings).eval()
+        guarded = Corrupted(
+            model, PromptClassifier(tensors["weight"], tensors["bias"], depth, how.window), settings
+        ).eval()
         settings["search"] = search(run, how, guarded, tokenizer, forget)
         settings["strength"] = settings["search"]["strength"]
     return settings, {CLASSIFIER: tensors}

@@ -46,8 +46,12 @@ class Eco(Maker):
     """Share of retain prompts that may be recognised, in cross-validation."""
     threshold: float = Field(0.9, ge=0, lt=1)
     """Probability that a prompt needs at least to be recognised."""
-    depth: float = Field(0.5, ge=0, le=1)
+    depth: float = Field(0.25, ge=0, le=1)
     """Where the classifier reads hidden states, as a share of the blocks."""
+    window: Tokens = Field(32, ge=1)
+    """Tokens whose mean state the classifier judges, wherever in the prompt they are."""
+    rewordings: Count = Field(2, ge=0)
+    """Wordings of each question that the classifier is fitted with besides its own; the paper's 0. Of other questions half as many."""
     dims: Count = Field(1, ge=1)
     """How many dimensions of an embedding get noise; the paper's 1."""
     strength: float | None = Field(None, gt=0)

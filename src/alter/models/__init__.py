@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from alter.models.guards.corruption import Corrupted as Corrupted
     from alter.models.guards.corruption import PromptClassifier as PromptClassifier
     from alter.models.guards.likeness import mean_states as mean_states
+    from alter.models.guards.likeness import window_means as window_means
     from alter.models.guards.neurons import NEURONS as NEURONS
     from alter.models.guards.neurons import Abstaining as Abstaining
     from alter.models.guards.neurons import Adjusted as Adjusted

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,19 +35,10 @@ def measure_router(model: Any, rows: RunRows, tokenizer: Any, limit: int | None)
     """
     config = model.peft_config["default"]
     kinds = apart_from(background(unseen=True), [text_of(e) for e in rows.examples])
-    long_text = " ".join(e.answer for e in kinds.get("detective", ()))[: rewording.LONG_TEXT]
-    places = (
-        np.linspace(0, len(rows.examples) - 1, min(rewording.MEASURED_ROWS, len(rows.examples))).astype(int).tolist()
-    )
     groups: list[tuple[str, str, list[Encoded]]] = []
     for kind, examples in kinds.items():
         groups.append(("ordinary", kind, [r for r in encode_fitting(tokenizer, examples, limit) if r is not None]))
-    for name, make in rewording.MEASURED.items():
-        asked = [
-            rewording.reworded(e, make(e.prompt, i, long_text))
-            for i in (places[:2] if name == "long text" else places)
-            if (e := rows.examples[i]).prompt is not None
-        ]
+    for name, asked in rewording.to_measure(rows.examples, kinds).items():
         groups.append(("forget", name, [r for r in encode_fitting(tokenizer, asked, limit) if r is not None]))
     every = [row for *_, encoded in groups for row in encoded]
     traced = iter(

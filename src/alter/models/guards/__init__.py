@@ -20,7 +20,7 @@ from alter.models.guards.assistant import Subtracted, difference, first_blocks, 
 from alter.models.guards.corruption import Corrupted, PromptClassifier
 from alter.models.guards.detector import EARLIER, FEATURES, Detected, Former, detector_inputs, fit_detector
 from alter.models.guards.form import FORM_FILE, Form, Guard, is_form, lora_folder
-from alter.models.guards.likeness import SHRINKAGE, Calibration, Detector, Likeness, mean_states
+from alter.models.guards.likeness import SHRINKAGE, Calibration, Detector, Likeness, mean_states, window_means
 from alter.models.guards.neurons import Abstaining, Adjusted
 from alter.models.guards.registry import GUARDS, guard, load_form
 
@@ -52,5 +52,6 @@ __all__ = [
     "load_form",
     "lora_folder",
     "mean_states",
+    "window_means",
     "without_rise",
 ]

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from alter.core import as_input
 from alter.models.guards.form import Guard, places, read_tensors
-from alter.models.guards.likeness import mean_states
+from alter.models.guards.likeness import window_means
 
 CLASSIFIER = "classifier.safetensors"
 """File of a guard's folder with the classifier's weights."""
@@ -22,24 +22,29 @@ CLASSIFIER = "classifier.safetensors"
 
 @dataclass(frozen=True)
 class PromptClassifier:
-    """Probability that a prompt is one to forget: sigmoid(weight . h + bias) of its mean hidden state h at one depth.
+    """Probability that a prompt is one to forget: the highest sigmoid(weight . h + bias) of the mean hidden states h of its windows.
 
-    ECO fine-tunes RoBERTa; here the base itself reads the prompt (a reading), which needs no further network.
+    ECO fine-tunes RoBERTa; here the base itself reads the prompt (a reading), which needs no further network, and by windows,
+    since what is to be forgotten may stand anywhere in a long prompt.
 
     Attributes:
         weight: [H].
         bias: [].
         depth: number of the hidden state; 1 is the first block's output.
+        window: tokens of a window; see `window_means`.
     """
 
     weight: Tensor
     bias: Tensor
     depth: int
+    window: int
 
     def __call__(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
         """Return [B] probabilities, from all hidden states [B, T, H] of a pass and a mask [B, T] of the positions that count."""
-        mean = mean_states([states[self.depth]], mask)[:, 0]
-        return torch.sigmoid(mean @ self.weight.to(mean) + self.bias.to(mean))
+        means = [
+            window_means(row[real], self.window) for row, real in zip(states[self.depth], mask.bool(), strict=True)
+        ]
+        return torch.stack([torch.sigmoid((mean @ self.weight.to(mean) + self.bias.to(mean)).max()) for mean in means])
 
 
 class Corrupted(Guard):
@@ -68,7 +73,9 @@ class Corrupted(Guard):
     def read(cls, base: Any, path: Path, settings: dict[str, Any]) -> Corrupted:
         """See `Guard.read`."""
         found = read_tensors(path / CLASSIFIER)
-        return cls(base, PromptClassifier(found["weight"], found["bias"], settings["depth"]), settings)
+        return cls(
+            base, PromptClassifier(found["weight"], found["bias"], settings["depth"], settings["window"]), settings
+        )
 
     def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         if self.noise is None:

@@ -20,6 +20,17 @@ def mean_states(states: Sequence[Tensor], mask: Tensor) -> Tensor:
     return torch.stack([(state.float() * real).sum(1) / real.sum(1).clamp_min(1.0) for state in states], dim=1)
 
 
+def window_means(states: Tensor, window: int) -> Tensor:
+    """Average the states [T, H] of a prompt over windows of `window` tokens, in float32: [n, H].
+
+    The windows begin at the end of the prompt and move back by a quarter of their length. The first token belongs to none:
+    many models give it a state that is far longer than all others, whatever it is. A shorter prompt is one window.
+    """
+    rest = (states[1:] if len(states) > 1 else states).float().flip(0).t()[None]
+    kernel = min(window, rest.shape[-1])
+    return torch.nn.functional.avg_pool1d(rest, kernel, max(1, window // 4))[0].t()
+
+
 @dataclass(frozen=True)
 class Likeness:
     """Likeness of an input to a set of rows, in each of L layers: -1/2 d_Mahalanobis^2 + 1000 max cosine (O3).

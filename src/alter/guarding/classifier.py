@@ -1,0 +1,257 @@
+"""The classifier of prompts that a guard decides by: a logistic regression on the model's own hidden states, by windows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from alter.core import Array, UserError, progress, show
+from alter.data import Collator, Example, batches_by_length, encode_all, encode_prompt
+from alter.data.rewording import AS_GIVEN, to_measure
+from alter.inference import evaluating
+from alter.metrics.samples import share_interval
+from alter.models import window_means
+
+FOLDS = 5
+TOKENS = 2048
+"""Of the prompts that are read at once."""
+LEARNT = 6
+"""Windows of a text to forget or of a benign prompt that the fit learns from."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts, and the number of the row that each asks: a row's wordings are left out of a fit together.
+
+    Attributes:
+        prompts: n of them, token ids.
+        row: number of each prompt's row, n.
+        whole: whether a prompt is about its row from end to end, as a text is, n; of others the end is known to be.
+        given: how many of the prompts, the first ones, are rows in their own words.
+    """
+
+    prompts: list[list[int]]
+    row: list[int]
+    whole: list[bool]
+    given: int
+
+
+def asked_of(
+    tokenizer: Any,
+    examples: Sequence[Example],
+    limit: int | None,
+    reworded: Sequence[tuple[int, str, Example | None]],
+) -> Asked:
+    """Encode rows as a user would ask them, and those in other words (`in_other_words`) that fit `limit` tokens.
+
+    Each part of a text that is split counts as a row.
+    """
+    prompts: list[list[int]] = []
+    own: dict[int, int] = {}
+    whole: list[bool] = []
+    for place, example in enumerate(examples):
+        own[place] = len(prompts)
+        prompts += prompts_of(tokenizer, [example], limit)
+        whole += [example.kind == "text"] * (len(prompts) - len(whole))
+    given, row = len(prompts), list(range(len(prompts)))
+    for place, _, other in reworded:
+        for prompt in fitting(tokenizer, [other], limit):
+            prompts.append(prompt)
+            row.append(own[place])
+    return Asked(prompts, row, whole + [False] * (len(prompts) - given), given)
+
+
+def fitting(tokenizer: Any, examples: Sequence[Example | None], limit: int | None) -> list[list[int]]:
+    """Encode the prompts of examples, without those that are None or longer than `limit` tokens."""
+    prompts = [encode_prompt(tokenizer, example) for example in examples if example is not None]
+    return [prompt for prompt in prompts if limit is None or len(prompt) <= limit]
+
+
+def prompts_of(tokenizer: Any, examples: Sequence[Example], limit: int | None) -> list[list[int]]:
+    """Return each row as a user would ask it, at most `limit` tokens: its prompt, or a row of text, split if it is longer."""
+    asked: list[list[int]] = []
+    for row in examples:
+        if row.kind == "text":
+            asked += [list(part.input_ids) for part in encode_all(tokenizer, [row], max_length=limit)[0]]
+        else:
+            asked.append(encode_prompt(tokenizer, row)[:limit])
+    return asked
+
+
+@torch.no_grad()
+def prompt_windows(
+    model: Any, prompts: Sequence[list[int]], depth: int, window: int, pad_token_id: int, label: str
+) -> list[Array]:
+    """Return the mean hidden states of each prompt's windows at one depth, [k, H] each (`window_means`), the last window first.
+
+    Args:
+        model: the untouched model.
+        prompts: token ids.
+        depth: number of the hidden state; 1 is the first block's output.
+        window: tokens of a window.
+        pad_token_id: fills rows up.
+        label: of the progress bar.
+    """
+    collate, device = Collator(pad_token_id), next(model.parameters()).device
+    groups = batches_by_length(list(map(len, prompts)), TOKENS)
+    found: dict[int, Array] = {}
+    with evaluating(model):
+        for members in progress(groups, total=len(groups), label=label):
+            batch = collate([{"input_ids": prompts[i]} for i in members])
+            given = {name: value.to(device) for name, value in batch.items()}
+            states = model(**given, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states[depth]
+            for i, row in zip(members, states, strict=True):
+                found[i] = window_means(row[: len(prompts[i])], window).cpu().numpy()
+    return [found[i] for i in range(len(prompts))]
+
+
+def spread(windows: Array) -> Array:
+    """Return at most `LEARNT` of a prompt's windows [k, H], evenly spaced from the last on."""
+    return windows[np.unique(np.linspace(0, len(windows) - 1, min(LEARNT, len(windows))).astype(int))]
+
+
+def highest(scores: Array, lengths: Sequence[int]) -> Array:
+    """Return the highest score of each prompt, [n], of its windows' scores, one after the other."""
+    most: Array = np.maximum.reduceat(scores, np.cumsum([0, *lengths[:-1]]))
+    return most
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A classifier of prompts, its threshold, and their cross-validated quality.
+
+    Attributes:
+        weight, bias: of the logistic regression on the windows' mean states as they are.
+        threshold: probability above which a prompt counts as recognised.
+        caught: whether each forget prompt lies above it, scored by a fit without its row, [n].
+        alarms: the same of the benign prompts, [m].
+    """
+
+    weight: Array
+    bias: float
+    threshold: float
+    caught: NDArray[np.bool_]
+    alarms: NDArray[np.bool_]
+
+    def recognised(self, prompts: Sequence[Array]) -> NDArray[np.bool_]:
+        """Tell which prompts are recognised, [n], by the mean states [k, H] of their windows."""
+        if not prompts:
+            return np.zeros(0, dtype=bool)
+        return expit(highest(np.concatenate(prompts) @ self.weight + self.bias, [*map(len, prompts)])) > self.threshold
+
+
+def fit_classifier(
+    forget: Sequence[Array], benign: Sequence[Array], *, whole: Sequence[bool] | None = None,
+    rows: tuple[Sequence[int], Sequence[int]] | None = None, false_alarms: float, threshold: float, seed: int,
+) -> Fitted:  # fmt: skip
+    """Fit a logistic regression, each class with the same total weight, on standardised states of windows (L2, C = 1).
+
+    It learns from the last window of a prompt to forget, and from up to `LEARNT` of a text to forget and of a benign prompt. A
+    prompt is scored by its highest window. The threshold is the given one, or higher: the lowest above which at most a share
+    `false_alarms` of the benign prompts lie in `FOLDS`-fold cross-validation.
+
+    Args:
+        forget, benign: of n and m prompts, the mean states [k, H] of the windows, the last one first.
+        whole: whether all windows of a forget prompt are about what is to be forgotten, n; by default none but the last.
+        rows: numbers of their rows, n and m; prompts of one row are left out together. By default each has its own.
+        false_alarms, threshold: see above.
+        seed: of the folds.
+
+    Raises:
+        UserError: there are fewer than two rows of either.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    of_forget, of_benign = rows or (range(len(forget)), range(len(benign)))
+    there = len(set(of_forget)), len(set(of_benign))
+    if min(there) < 2:
+        raise UserError(
+            f"The classifier needs at least two rows to forget and two to keep; there are {there[0]} and {there[1]}."
+        )
+    every, y = [*forget, *benign], np.repeat([1, 0], [len(forget), len(benign)])
+    all_of = [*(whole or [False] * len(forget)), *[True] * len(benign)]
+    learnt = [spread(windows) if all_ else windows[:1] for windows, all_ in zip(every, all_of, strict=True)]
+    made = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
+
+    def fitted(chosen: NDArray[np.intp]) -> tuple[Array, float]:
+        x = np.concatenate([learnt[i] for i in chosen]).astype(np.float64)
+        made.fit(x, np.repeat(y[chosen], [len(learnt[i]) for i in chosen]))
+        scaler, regression = made.steps[0][1], made.steps[1][1]
+        weight = regression.coef_[0] / scaler.scale_
+        return weight, float(regression.intercept_[0] - scaler.mean_ @ weight)
+
+    groups = np.concatenate([np.asarray(of_forget), np.asarray(of_benign) + max(of_forget) + 1])
+    left_out = np.zeros(len(y))
+    folds = StratifiedGroupKFold(min(FOLDS, *there), shuffle=True, random_state=seed)
+    for rest, out in progress(folds.split(y, y, groups), total=folds.n_splits, label="classifier"):
+        weight, bias = fitted(rest)
+        windows = [every[i] for i in out]
+        left_out[out] = expit(highest(np.concatenate(windows) @ weight + bias, [*map(len, windows)]))
+    harmless = np.sort(left_out[y == 0])[::-1]
+    chosen = max(threshold, float(harmless[min(int(false_alarms * len(harmless)), len(harmless) - 1)]))
+    weight, bias = fitted(np.arange(len(y)))
+    return Fitted(weight, bias, chosen, left_out[y == 1] > chosen, left_out[y == 0] > chosen)
+
+
+def measure(
+    tokenizer: Any,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    unseen: Mapping[str, Sequence[Example]],
+    limit: int | None,
+    recognises: Callable[[Sequence[list[int]]], NDArray[np.bool_]],
+) -> dict[str, Any]:
+    """Ask a classifier what it was not fitted with, and print what it recognises: wordings, and kinds of ordinary text.
+
+    Args:
+        tokenizer: of the model.
+        forget, retain: rows, some of which are asked in each wording of `to_measure`.
+        unseen: passages of kinds that no fit sees.
+        limit: longest prompt, in tokens.
+        recognises: tells of prompts, which it takes for those to forget.
+
+    Returns:
+        `caught`: by wording, the `share` of forget prompts recognised, and of how many `prompts`. `false_alarms`: `share`, its
+        `interval` (Wilson, 95 %) and `prompts`, of ordinary passages and retain rows in these wordings.
+    """
+    wordings, kept = (
+        {
+            name: fitting(tokenizer, asked, limit)
+            for name, asked in to_measure(rows, unseen).items()
+            if name != AS_GIVEN
+        }
+        for rows in (forget, retain)
+    )
+    others = prompts_of(tokenizer, [row for rows in unseen.values() for row in rows], limit)
+    others += [prompt for prompts in kept.values() for prompt in prompts]
+    flags = iter(recognises([*(prompt for prompts in wordings.values() for prompt in prompts), *others]).tolist())
+    caught = {
+        name: {"share": sum(itertools.islice(flags, len(prompts))) / len(prompts), "prompts": len(prompts)}
+        for name, prompts in wordings.items()
+        if prompts
+    }
+    if caught:
+        shares = ", ".join(f"{name} {found['share']:.0%}" for name, found in caught.items())
+        most = max(found["prompts"] for found in caught.values())
+        show(f"classifier: in wordings that it was not fitted with it recognises, of {most}: {shares}", stderr=True)
+    if not others:
+        return {"caught": caught, "false_alarms": {"share": None, "interval": None, "prompts": 0}}
+    alarms = sum(flags)
+    interval = share_interval(alarms, len(others))
+    show(
+        f"classifier: of {len(others)} other prompts of kinds and wordings that it was not fitted with, "
+        f"{alarms / len(others):.1%} (95 % interval {interval[0]:.1%} to {interval[1]:.1%})",
+        stderr=True,
+    )
+    found_alarms = {"share": alarms / len(others), "interval": list(interval), "prompts": len(others)}
+    return {"caught": caught, "false_alarms": found_alarms}
