@@ -114,13 +114,14 @@ def prompt_windows(
 
 def spread(windows: Array) -> Array:
     """Return at most `LEARNT` of a prompt's windows [k, H], evenly spaced from the last on."""
-    return windows[np.unique(np.linspace(0, len(windows) - 1, min(LEARNT, len(windows))).astype(int))]
+    places = np.linspace(0, len(windows) - 1, min(LEARNT, len(windows))).astype(int)
+    return np.take(windows, places, axis=0)
 
 
 def highest(scores: Array, lengths: Sequence[int]) -> Array:
     """Return the highest score of each prompt, [n], of its windows' scores, one after the other."""
-    most: Array = np.maximum.reduceat(scores, np.cumsum([0, *lengths[:-1]]))
-    return most
+    found: Array = np.maximum.reduceat(scores, np.cumsum([0, *lengths[:-1]]))
+    return found
 
 
 @dataclass(frozen=True)
