@@ -557,6 +557,13 @@ def test_windows_go_back_from_the_end_without_the_first_token(tokens, window):
     torch.testing.assert_close(found.double(), torch.stack(wanted), rtol=1e-5, atol=1e-5)
 
 
+def test_a_prompt_without_tokens_is_like_nothing():
+    assert torch.equal(window_means(torch.zeros(0, 5, dtype=torch.bfloat16), 8), torch.zeros(1, 5))
+    classify = guards.PromptClassifier(torch.ones(5), torch.tensor(-1.0), 0, 8)
+    found = classify([torch.ones(2, 3, 5)], torch.tensor([[0, 0, 0], [1, 1, 1]]))
+    assert found.tolist() == pytest.approx([1 / (1 + math.e), 1 / (1 + math.exp(-4))])
+
+
 def test_prompts_are_asked_in_other_words_where_these_fit(folder):
     _, _, tokenizer = loaded(folder, "eco")
     rows = [Example("Who is Ada?", "She.", "qa"), Example(None, "The sea is blue. " * 8, "text")]
@@ -694,6 +701,15 @@ def test_a_guard_that_would_recognise_nothing_is_not_loaded(folder, tmp_path, ki
         load_model(str(folder / "model"), str(tmp_path / "guard"), device="cpu")
     own.unlink()
     with pytest.raises(UserError, match=r"cannot be read .*: copy the guard's whole folder"):
+        load_model(str(folder / "model"), str(tmp_path / "guard"), device="cpu")
+
+
+def test_a_guard_of_another_version_says_what_it_lacks(folder, tmp_path):
+    shutil.copytree(adapter(folder, "eco"), tmp_path / "guard")
+    file = tmp_path / "guard" / "inference.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in settings.items() if name not in ("window", "seed")}))
+    with pytest.raises(UserError, match=r"inference.json lacks seed, window: another version .* Make the guard again"):
         load_model(str(folder / "model"), str(tmp_path / "guard"), device="cpu")
 
 

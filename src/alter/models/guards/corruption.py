@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from alter.core import as_input
-from alter.models.guards.form import Guard, places, read_tensors
+from alter.core import UserError, as_input
+from alter.models.guards.form import FORM_FILE, Guard, places, read_tensors
 from alter.models.guards.likeness import window_means
 
 CLASSIFIER = "classifier.safetensors"
@@ -71,7 +71,16 @@ class Corrupted(Guard):
 
     @classmethod
     def read(cls, base: Any, path: Path, settings: dict[str, Any]) -> Corrupted:
-        """See `Guard.read`."""
+        """See `Guard.read`.
+
+        Raises:
+            UserError: the settings lack some, as those of an earlier version do.
+        """
+        absent = sorted({"depth", "window", "threshold", "strength", "dims", "seed"} - settings.keys())
+        if absent:
+            raise UserError(
+                f"{path / FORM_FILE} lacks {', '.join(absent)}: another version wrote it. Make the guard again (`alter guard`)."
+            )
         found = read_tensors(path / CLASSIFIER)
         return cls(
             base, PromptClassifier(found["weight"], found["bias"], settings["depth"], settings["window"]), settings

@@ -24,8 +24,11 @@ def window_means(states: Tensor, window: int) -> Tensor:
     """Average the states [T, H] of a prompt over windows of `window` tokens, in float32: [n, H].
 
     The windows begin at the end of the prompt and move back by a quarter of their length. The first token belongs to none:
-    many models give it a state that is far longer than all others, whatever it is. A shorter prompt is one window.
+    many models give it a state that is far longer than all others, whatever it is. A shorter prompt is one window, and one
+    without tokens one of zeros.
     """
+    if not len(states):
+        return states.new_zeros(1, states.shape[1], dtype=torch.float32)
     rest = (states[1:] if len(states) > 1 else states).float().flip(0).t()[None]
     kernel = min(window, rest.shape[-1])
     return torch.nn.functional.avg_pool1d(rest, kernel, max(1, window // 4))[0].t()
