@@ -257,7 +257,8 @@ def windows(row: Encoded, length: int, bos: int | None = None) -> list[Encoded]:
         return [row]
     if row.prompt_length >= length:
         raise UserError(
-            f"A prompt of {row.prompt_length} tokens leaves no room for an answer in {length}; shorten it or raise `max_length`."
+            f"A prompt of {row.prompt_length} tokens leaves no room for an answer in {length}: shorten it, or raise `max_length` "
+            "where that is set to less than the model's context."
         )
     first = [bos] if bos is not None and row.input_ids[0] == bos else []
     found = [Encoded(row.input_ids[:length], row.labels[:length], row.prompt_length)]
