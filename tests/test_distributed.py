@@ -28,9 +28,10 @@ from alter import cli
 from alter.core import processes
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
-from alter.groundwork.frozen import Depth, trace_rows
+from alter.groundwork.frozen import trace_rows
 from alter.inference import gradient_norms, hidden_states, score
 from alter.inference.generation import generate
+from alter.logits import Depth
 from alter.methods import objectives, presets
 from alter.methods.objectives import Needs
 from alter.methods.presets import METHODS

@@ -150,7 +150,9 @@ def test_a_prompt_is_recognised_in_a_batch_as_alone_where_positions_are_learnt(t
         detector = Detector(Likeness.of(torch.randn(4, 1, 32)), noted)
         model = guards.Detected(tuned, [detector], [2])
     elif kind == "eco":
-        model = guards.Corrupted(base, lambda states, mask: noted(mean_states([states[1]], mask)), {"threshold": 0.5})
+        model = guards.Corrupted(
+            base, lambda states, mask: noted(mean_states([states], mask)), {"depth": 1, "threshold": 0.5}
+        )
     else:
         given = {"layer": "transformer.h.1.mlp.c_proj", "half": 1.0}
         model = guards.Abstaining(base, torch.zeros(128), torch.ones(128), given)
@@ -442,7 +444,7 @@ def naive_corrupted(base, ids, count, settings):
 @pytest.mark.parametrize("dims", [1, 3])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_only_recognised_prompts_are_corrupted_and_others_are_bit_equal(dims, side):
-    base, settings = pico(), {"threshold": 0.5, "strength": 3.0, "dims": dims, "seed": 5}
+    base, settings = pico(), {"depth": 1, "threshold": 0.5, "strength": 3.0, "dims": dims, "seed": 5}
     rows, prompts = [[7, 8, 9, 10, 11], [20, 21, 22], [30, 31, 32, 33]], [4, 2, 4]
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(32, generator=draw)
@@ -467,7 +469,7 @@ def test_only_recognised_prompts_are_corrupted_and_others_are_bit_equal(dims, si
     given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     with torch.no_grad():
         plain = base(**given).logits
-        model = guards.Corrupted(base, guards.PromptClassifier(weight, bias, 1, 8), settings).eval()
+        model = guards.Corrupted(base, guards.PromptClassifier(weight, bias, 8), settings).eval()
         decision = model.decide(ids, mask, prompts)
         found = model(**given, decision=decision).logits
         with model.disable_adapter():
@@ -557,10 +559,32 @@ def test_windows_go_back_from_the_end_without_the_first_token(tokens, window):
     torch.testing.assert_close(found.double(), torch.stack(wanted), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_classifier_reads_what_the_whole_model_computes_and_no_block_behind(depth):
+    base = pico()
+    ids, mask = torch.tensor([[7, 8, 9, 10], [20, 21, PAD, PAD]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    ran, outputs = [], []
+    for number, block in enumerate(base.model.layers):
+        block.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+        block.register_forward_hook(lambda _, __, output: outputs.append(output))
+    with torch.no_grad():
+        whole = base(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    wanted = outputs[depth - 1]
+    assert depth == 2 or torch.equal(wanted, whole.hidden_states[depth])
+    ran.clear()
+    found = guards.states_after(base, guards.after_block(base, depth), {"input_ids": ids, "attention_mask": mask})
+    assert torch.equal(found, wanted)
+    assert ran == list(range(depth))
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=ids, attention_mask=mask).logits, whole.logits)
+    with pytest.raises(UserError, match="the model has 2 blocks"):
+        guards.after_block(base, 3)
+
+
 def test_a_prompt_without_tokens_is_like_nothing():
     assert torch.equal(window_means(torch.zeros(0, 5, dtype=torch.bfloat16), 8), torch.zeros(1, 5))
-    classify = guards.PromptClassifier(torch.ones(5), torch.tensor(-1.0), 0, 8)
-    found = classify([torch.ones(2, 3, 5)], torch.tensor([[0, 0, 0], [1, 1, 1]]))
+    classify = guards.PromptClassifier(torch.ones(5), torch.tensor(-1.0), 8)
+    found = classify(torch.ones(2, 3, 5), torch.tensor([[0, 0, 0], [1, 1, 1]]))
     assert found.tolist() == pytest.approx([1 / (1 + math.e), 1 / (1 + math.exp(-4))])
 
 

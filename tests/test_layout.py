@@ -30,7 +30,7 @@ LAYERS = {
     "cli": {"core", "commands", "plugins", "settings"},
     "completion": {"commands", "plugins", "settings"},
     "rendering": BASE | {"metrics"},
-    "models": {"core", "plugins", "adapter", "storage", "data", "inference"},
+    "models": {"core", "logits", "plugins", "adapter", "storage", "data", "inference"},
     "__main__": {"cli"},
     "scoring": {"core", "inference", "models"},
     "attacks": BASE | {"metrics", "plugins", "data", "inference", "rendering", "models"},

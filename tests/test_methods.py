@@ -18,9 +18,9 @@ from alter.adapter.routing import Routing
 from alter.core.errors import UserError
 from alter.data.encoding import Encoded
 from alter.groundwork import frozen
-from alter.groundwork.frozen import Depth, states_of
 from alter.inference.generation import generate
 from alter.inference.scoring import score
+from alter.logits import Depth, states_of
 from alter.methods import places, presets
 from alter.methods.adapters import AlterAdapter
 from alter.methods.presets import METHODS

@@ -14,10 +14,8 @@ from alter.core import lazy
 if TYPE_CHECKING:
     from alter.groundwork import frozen as frozen
     from alter.groundwork.alternatives import persona_views as persona_views
-    from alter.groundwork.frozen import Depth as Depth
     from alter.groundwork.frozen import FrozenRow as FrozenRow
     from alter.groundwork.frozen import frozen_pass as frozen_pass
-    from alter.groundwork.frozen import states_of as states_of
     from alter.groundwork.passes import MeasuredGradients as MeasuredGradients
     from alter.groundwork.passes import starting_factors as starting_factors
     from alter.groundwork.probes import low_rank as low_rank

@@ -7,8 +7,8 @@ the run will see, kept next to the run in safetensors, and reused when the run r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from alter.adapter import Trace, alter_of
 from alter.core import processes, progress
 from alter.data import Collator, Encoded, batches_by_length
-from alter.logits import Head, chunk_rows, standing_in
+from alter.logits import Depth, Head, chunk_rows, states_of
 from alter.methods import Emitted, Needs, Reference
 from alter.storage import keep, kept
 
@@ -71,43 +71,6 @@ class View:
         start = int(self.bos is not None and row.input_ids[0] == self.bos)
         ids = [*row.input_ids[:start], *self.prefix, *row.input_ids[start:]]
         return {"input_ids": ids, "labels": ids}
-
-
-@dataclass(frozen=True)
-class Depth:
-    """A block whose hidden states are read, and the blocks after it, which those states do not depend on."""
-
-    block: nn.Module
-    behind: tuple[nn.Module, ...] = ()
-
-
-@contextmanager
-def states_of(depth: Depth | None, alone: bool = False) -> Iterator[list[Tensor]]:
-    """Within the block the hidden states [B, T, H] that `depth.block` puts out are appended to the list.
-
-    With `alone` nothing else of a pass is wanted: the blocks behind hand on what they get, and logits mean nothing.
-    """
-    seen: list[Tensor] = []
-    if depth is None:
-        yield seen
-        return
-    # what a block puts out besides its states, in the architectures where that is a tuple
-    others: list[tuple[Any, ...] | None] = []
-
-    def take(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-        others.append(output[1:] if isinstance(output, tuple) else None)
-
-    def hand_on(*args: Any, **kwargs: Any) -> Any:
-        states = args[0] if args else kwargs["hidden_states"]
-        return states if others[0] is None else (states, *others[0])
-
-    handle = depth.block.register_forward_hook(take)
-    try:
-        with standing_in(depth.behind if alone else (), hand_on):
-            yield seen
-    finally:
-        handle.remove()
 
 
 def labelled(labels: Tensor) -> Tensor:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from alter.core import UserError, progress
 from alter.data import Collator, Encoded, Example, batches_by_length, encode_all
-from alter.groundwork.frozen import Depth, states_of
 from alter.groundwork.sparse import Autoencoder, train_autoencoder
-from alter.logits import head_on
+from alter.logits import Depth, head_on, states_of
 from alter.methods import Codes, Redirect, UnknownCode
 
 MOST_ROWS = 512

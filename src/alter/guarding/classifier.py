@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 
@@ -17,7 +16,7 @@ from alter.data import Collator, Example, batches_by_length, encode_all, encode_
 from alter.data.rewording import AS_GIVEN, to_measure
 from alter.inference import evaluating
 from alter.metrics.samples import share_interval
-from alter.models import window_means
+from alter.models import after_block, states_after, window_means
 
 FOLDS = 5
 TOKENS = 2048
@@ -85,7 +84,6 @@ def prompts_of(tokenizer: Any, examples: Sequence[Example], limit: int | None) -
     return asked
 
 
-@torch.no_grad()
 def prompt_windows(
     model: Any, prompts: Sequence[list[int]], depth: int, window: int, pad_token_id: int, label: str
 ) -> list[Array]:
@@ -94,19 +92,19 @@ def prompt_windows(
     Args:
         model: the untouched model.
         prompts: token ids.
-        depth: number of the hidden state; 1 is the first block's output.
+        depth: after how many blocks; those behind do not run.
         window: tokens of a window.
         pad_token_id: fills rows up.
         label: of the progress bar.
     """
     collate, device = Collator(pad_token_id), next(model.parameters()).device
-    groups = batches_by_length(list(map(len, prompts)), TOKENS)
+    groups, at = batches_by_length(list(map(len, prompts)), TOKENS), after_block(model, depth)
     found: dict[int, Array] = {}
     with evaluating(model):
         for members in progress(groups, total=len(groups), label=label):
             batch = collate([{"input_ids": prompts[i]} for i in members])
             given = {name: value.to(device) for name, value in batch.items()}
-            states = model(**given, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states[depth]
+            states = states_after(model, at, given)
             for i, row in zip(members, states, strict=True):
                 found[i] = window_means(row[: len(prompts[i])], window).cpu().numpy()
     return [found[i] for i in range(len(prompts))]

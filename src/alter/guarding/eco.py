@@ -113,9 +113,7 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
         "cross_validation": found, "measured": held_out,
     }  # fmt: skip
     if how.strength is None:
-        guarded = Corrupted(
-            model, PromptClassifier(tensors["weight"], tensors["bias"], depth, how.window), settings
-        ).eval()
+        guarded = Corrupted(model, PromptClassifier(tensors["weight"], tensors["bias"], how.window), settings).eval()
         settings["search"] = search(run, how, guarded, tokenizer, forget)
         settings["strength"] = settings["search"]["strength"]
     return settings, {CLASSIFIER: tensors}

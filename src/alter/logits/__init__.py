@@ -1,7 +1,7 @@
 """Computations on logits that are never held whole.
 
 `entropy`: Shannon and Tsallis entropies of tokens, and the threshold between high and low ones. `head`: the language-model
-head on selected rows, in chunks.
+head on selected rows, in chunks. `depth`: the hidden states after one block, for which nothing behind it need run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from alter.core import lazy
 
 if TYPE_CHECKING:
+    from alter.logits.depth import Depth as Depth
+    from alter.logits.depth import states_of as states_of
     from alter.logits.entropy import PAPER_THRESHOLD as PAPER_THRESHOLD
     from alter.logits.entropy import check_order as check_order
     from alter.logits.entropy import check_threshold as check_threshold

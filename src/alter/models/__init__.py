@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from alter.models.guards.corruption import CLASSIFIER as CLASSIFIER
     from alter.models.guards.corruption import Corrupted as Corrupted
     from alter.models.guards.corruption import PromptClassifier as PromptClassifier
+    from alter.models.guards.corruption import after_block as after_block
+    from alter.models.guards.corruption import states_after as states_after
     from alter.models.guards.likeness import mean_states as mean_states
     from alter.models.guards.likeness import window_means as window_means
     from alter.models.guards.neurons import NEURONS as NEURONS

@@ -11,7 +11,8 @@ from torch import Tensor
 from alter.adapter import base_fingerprint
 from alter.core import UserError, show
 from alter.data import Example
-from alter.groundwork import Depth, codes_from, measure_codes, read_autoencoder, subjects
+from alter.groundwork import codes_from, measure_codes, read_autoencoder, subjects
+from alter.logits import Depth
 from alter.methods import Codes, blocks
 from alter.storage import digest
 from alter.training.folder import kept_tensors

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from alter.adapter import base_fingerprint
 from alter.core import processes
 from alter.data import Encoded, batches_by_length
-from alter.groundwork import Depth, frozen
+from alter.groundwork import frozen
+from alter.logits import Depth
 from alter.storage import digest
 from alter.training.batches import Order, RunRows, Traced
 from alter.training.router import fit_router

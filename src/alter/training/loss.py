@@ -16,8 +16,8 @@ from transformers.trainer_callback import ExportableState
 
 from alter.adapter import Routing
 from alter.core import UserError, processes
-from alter.groundwork import Depth, frozen, states_of
-from alter.logits import Part, measuring
+from alter.groundwork import frozen
+from alter.logits import Depth, Part, measuring, states_of
 from alter.methods import Codes, Emitted, GradientRule, Hidden, Labelled, Objective, Penalty, mean_or_zero
 from alter.models import autocasts
 from alter.storage import write_atomic

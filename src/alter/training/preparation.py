@@ -13,7 +13,8 @@ from torch import Tensor
 
 from alter.adapter import base_fingerprint
 from alter.core import UserError
-from alter.groundwork import Depth, MeasuredGradients, marked
+from alter.groundwork import MeasuredGradients, marked
+from alter.logits import Depth
 from alter.methods import Beginning, Codes, Penalty, block_at, blocks
 from alter.models import Form
 from alter.storage import digest

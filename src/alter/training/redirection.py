@@ -11,7 +11,8 @@ from torch import Tensor
 
 from alter.adapter import base_fingerprint
 from alter.data import Encoded, Example
-from alter.groundwork import Depth, FrozenRow, ignorance
+from alter.groundwork import FrozenRow, ignorance
+from alter.logits import Depth
 from alter.storage import digest
 from alter.training.folder import kept_tensors
 from alter.training.settings import Unlearn

@@ -23,8 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 from alter.adapter import alter_of, base_fingerprint, block_of, first_block
 from alter.core import processes, show
 from alter.data import Encoded
-from alter.groundwork import Depth, frozen_pass, states_of
-from alter.logits import standing_in
+from alter.groundwork import frozen_pass
+from alter.logits import Depth, standing_in, states_of
 from alter.storage import digest
 from alter.training.states import States
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from alter.models.guards.agents import Agents
 from alter.models.guards.assistant import Subtracted, difference, first_blocks, without_rise
-from alter.models.guards.corruption import Corrupted, PromptClassifier
+from alter.models.guards.corruption import Corrupted, PromptClassifier, after_block, states_after
 from alter.models.guards.detector import EARLIER, FEATURES, Detected, Former, detector_inputs, fit_detector
 from alter.models.guards.form import FORM_FILE, Form, Guard, is_form, lora_folder
 from alter.models.guards.likeness import SHRINKAGE, Calibration, Detector, Likeness, mean_states, window_means
@@ -43,6 +43,7 @@ __all__ = [
     "Likeness",
     "PromptClassifier",
     "Subtracted",
+    "after_block",
     "detector_inputs",
     "difference",
     "first_blocks",
@@ -52,6 +53,7 @@ __all__ = [
     "load_form",
     "lora_folder",
     "mean_states",
+    "states_after",
     "window_means",
     "without_rise",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,12 +12,33 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from alter.adapter import first_block
 from alter.core import UserError, as_input
+from alter.logits import Depth, states_of
 from alter.models.guards.form import FORM_FILE, Guard, places, read_tensors
 from alter.models.guards.likeness import window_means
 
 CLASSIFIER = "classifier.safetensors"
 """File of a guard's folder with the classifier's weights."""
+
+
+def after_block(model: Any, number: int) -> Depth:
+    """Return the depth after the first `number` blocks, at least 1.
+
+    Raises:
+        UserError: the model has fewer blocks, or none.
+    """
+    prefix, last = first_block(model, number - 1, "depth")
+    listed = list(model.get_submodule(prefix.rstrip(".")).children())
+    return Depth(listed[last], tuple(listed[last + 1 :]))
+
+
+@torch.no_grad()
+def states_after(model: Any, depth: Depth, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the hidden states [B, T, H] at a depth; the blocks behind it do not run."""
+    with states_of(depth, alone=True) as seen:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    return seen[0]
 
 
 @dataclass(frozen=True)
@@ -30,20 +51,16 @@ class PromptClassifier:
     Attributes:
         weight: [H].
         bias: [].
-        depth: number of the hidden state; 1 is the first block's output.
         window: tokens of a window; see `window_means`.
     """
 
     weight: Tensor
     bias: Tensor
-    depth: int
     window: int
 
-    def __call__(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
-        """Return [B] probabilities, from all hidden states [B, T, H] of a pass and a mask [B, T] of the positions that count."""
-        means = [
-            window_means(row[real], self.window) for row, real in zip(states[self.depth], mask.bool(), strict=True)
-        ]
+    def __call__(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Return [B] probabilities, from hidden states [B, T, H] and a mask [B, T] of the positions that count."""
+        means = [window_means(row[real], self.window) for row, real in zip(states, mask.bool(), strict=True)]
         return torch.stack([torch.sigmoid((mean @ self.weight.to(mean) + self.bias.to(mean)).max()) for mean in means])
 
 
@@ -57,7 +74,7 @@ class Corrupted(Guard):
     Args:
         base: the model.
         classifier: looks at the prompt, in a pass of its own.
-        settings: threshold, strength, dims and seed.
+        settings: depth (after how many blocks the classifier reads), threshold, strength, dims and seed.
     """
 
     kind: ClassVar[str] = "corruption"
@@ -66,6 +83,7 @@ class Corrupted(Guard):
     def __init__(self, base: Any, classifier: PromptClassifier, settings: dict[str, Any]) -> None:
         super().__init__(base)
         self.classifier, self.settings = classifier, settings
+        self.depth = after_block(base, settings["depth"])
         self.noise: Tensor | None = None
         base.get_input_embeddings().register_forward_hook(self._add)
 
@@ -82,9 +100,7 @@ class Corrupted(Guard):
                 f"{path / FORM_FILE} lacks {', '.join(absent)}: another version wrote it. Make the guard again (`alter guard`)."
             )
         found = read_tensors(path / CLASSIFIER)
-        return cls(
-            base, PromptClassifier(found["weight"], found["bias"], settings["depth"], settings["window"]), settings
-        )
+        return cls(base, PromptClassifier(found["weight"], found["bias"], settings["window"]), settings)
 
     def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         if self.noise is None:
@@ -101,9 +117,8 @@ class Corrupted(Guard):
         asked = lengths if prompts is None else torch.tensor(list(prompts), device=ids.device).minimum(lengths)
         with torch.no_grad():
             given = {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
-            states = self.base(**given, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
             inside = mask.bool() & (mask.cumsum(1) <= asked[:, None])
-            flagged = self.classifier(states, inside.long()) > self.settings["threshold"]
+            flagged = self.classifier(states_after(self.base, self.depth, given), inside) > self.settings["threshold"]
         return torch.where(flagged, (asked - 1).clamp(min=0), 0).float()
 
     def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None, decision: Tensor | None) -> Any:
