@@ -153,15 +153,21 @@ def test_other_commands_delete_no_rows_either(home, capsys):
     for mark in ("finetune.yaml", "inference.json"):
         (run / mark).write_text("{}")
     write_jsonl(run / "rows.jsonl", [{"question": "Who?", "answer": "A sculptor."}])
+    (run / "book.txt").write_text("It was a dark night.")
     before = tree(home)
     at = ["--model", "model", "--out", "run", "--overwrite"]
-    for command in (
-        ["finetune", "--data", "kept.jsonl", "run/rows.jsonl[:1]", *at],
-        ["guard", "--guard.kind", "eco", "--forget", "run/rows.jsonl", "--retain", "kept.jsonl", *at],
+    for command, read in (
+        (["finetune", "--data", "kept.jsonl", "run/rows.jsonl[:1]", *at], "run/rows.jsonl"),
+        (["finetune", "--corpora", "kept.txt", "run/book.txt", *at], "run/book.txt"),
+        (["finetune", "--data", "kept.jsonl", *at, "--model", "run"], "run"),
+        (
+            ["guard", "--guard.kind", "eco", "--forget", "run/rows.jsonl", "--retain", "kept.jsonl", *at],
+            "run/rows.jsonl",
+        ),
     ):
         assert cli.main(command) == 2
         told = " ".join(capsys.readouterr().err.split())
-        assert "would delete run/rows.jsonl" in told
+        assert f"would delete {read}, which" in told
     assert tree(home) == before
 
 

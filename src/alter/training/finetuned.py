@@ -75,7 +75,10 @@ def resumed_from(settings: Finetune) -> Path | None:
             advice = "give another folder"
         raise UserError(f"{settings.out!r} is not empty ({', '.join(present[:5])}): {advice}.")
     check_deletable(out, (RECIPE_FILE, CHECKPOINTS) if ours else (RECIPE_FILE,))
-    check_unread(out, (("data", source) for source in settings.data))
+    reads: list[tuple[str, str | None]] = [("model", settings.model)]
+    for name in ("data", "corpora", "tokenizer_texts"):
+        reads += [(name, source) for source in getattr(settings, name)]
+    check_unread(out, reads)
     return None
 
 
