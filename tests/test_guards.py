@@ -55,8 +55,8 @@ def folder(tmp_path_factory):
         given |= {"gradient_accumulation_steps": 1, "learning_rate": 3e-2}
         unlearn(Unlearn.model_validate(presets.expand(given)))
     rows = {name: str(folder / f"{name}.jsonl") for name in ("forget", "retain")}
-    # this model hardly tells a part of a question, or the same in other words
-    how = {"kind": "eco", "threshold": 0.5, "rounds": 2, "rewordings": 0, "window": 64}
+    # this model hardly tells a part of a question
+    how = {"kind": "eco", "threshold": 0.5, "rounds": 2, "window": 64}
     given = {"model": str(folder / "model"), **rows, "guard": how, "out": adapter(folder, "eco"), "device": "cpu"}
     make_guard(MakeGuard.model_validate(given))
     for kind, more in (
@@ -509,20 +509,6 @@ def test_the_classifier_weighs_classes_alike_and_its_alarms_are_counted():
         classifier.fit_classifier(forget[:1], benign, false_alarms=0, threshold=0.5, seed=0)
 
 
-def test_wordings_of_one_row_are_left_out_of_the_fit_together():
-    rng = np.random.default_rng(0)
-    # nothing tells the classes apart: what is recognised was seen in the fit
-    forget, benign = (list(np.repeat(rng.normal(size=(12, 1, 60)), 3, axis=0)) for _ in range(2))
-    rows = np.repeat(np.arange(12), 3).tolist()
-    given = {"false_alarms": 0.9, "threshold": 0.5, "seed": 0}
-    assert classifier.fit_classifier(forget, benign, **given).caught.mean() > 0.95
-    found = classifier.fit_classifier(forget, benign, rows=(rows, rows), **given)
-    assert found.caught.mean() < 0.7
-    assert found.recognised(forget).all()
-    with pytest.raises(UserError, match="there are 1 and 12"):
-        classifier.fit_classifier(forget[:3], benign, rows=([0, 0, 0], rows), **given)
-
-
 def test_a_prompt_is_judged_by_the_likest_of_its_windows():
     rng = np.random.default_rng(1)
     subject = np.eye(8)[0] * 12
@@ -586,24 +572,6 @@ def test_a_prompt_without_tokens_is_like_nothing():
     classify = guards.PromptClassifier(torch.ones(5), torch.tensor(-1.0), 8)
     found = classify(torch.ones(2, 3, 5), torch.tensor([[0, 0, 0], [1, 1, 1]]))
     assert found.tolist() == pytest.approx([1 / (1 + math.e), 1 / (1 + math.exp(-4))])
-
-
-def test_prompts_are_asked_in_other_words_where_these_fit(folder):
-    _, _, tokenizer = loaded(folder, "eco")
-    rows = [Example("Who is Ada?", "She.", "qa"), Example(None, "The sea is blue. " * 8, "text")]
-    made = [
-        (0, "short", Example("Ada?", "She.", "qa")),
-        (0, "none", None),
-        (0, "long", Example("Ada " * 60, "", "qa")),
-    ]
-    short = len(classifier.prompts_of(tokenizer, rows[:1], None)[0])
-    found = classifier.asked_of(tokenizer, rows, 2 * short, made)
-    # a text is split, and each part of it counts as a row
-    assert found.given > 2
-    assert found.row == [*range(found.given), 0]
-    assert found.whole == [False, *[True] * (found.given - 1), False]
-    assert found.prompts[-1:] == classifier.prompts_of(tokenizer, [made[0][2]], None)
-    assert all(len(prompt) <= 2 * short for prompt in found.prompts)
 
 
 def test_a_classifier_is_asked_what_it_was_not_fitted_with(folder, capsys):

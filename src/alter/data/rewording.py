@@ -127,9 +127,6 @@ def some_capitals(text: str, first: int) -> str:
     return " ".join(word.upper() if (k + first) % 2 else word for k, word in enumerate(text.split()))
 
 
-PASSAGES = ("prose", "facts", "code", "languages")
-"""Kinds of ordinary text, one of which may stand before a question."""
-
 OPENERS = ("What is the boiling point of water?", "How many days has a leap year?", "Which planet is the largest one?")
 
 FITTED: dict[str, Callable[[str, int, str], Wording]] = {
@@ -147,9 +144,6 @@ FITTED: dict[str, Callable[[str, int, str], Wording]] = {
     "system": lambda q, i, other: Wording(q, system="You are a librarian. Answer in one sentence."),
 }
 """Wordings that join the fit: each makes a prompt of a question, the number of its row, and some other text."""
-
-AFTER_TEXT = 800
-"""Longest other text before a question, in characters."""
 
 AS_GIVEN = "as given"
 """Name of a question's own wording."""
@@ -189,31 +183,6 @@ def reworded(example: Example, asked: Wording) -> Example | None:
         turns += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     turns.append({"role": "user", "content": asked.prompt})
     return Example(asked.prompt, example.answer, "messages", tuple(turns), index=example.index)
-
-
-def in_other_words(
-    examples: Sequence[Example], times: int, ordinary: Mapping[str, Sequence[Example]], generator: np.random.Generator
-) -> list[tuple[int, str, Example | None]]:
-    """Draw `times` of the fitted wordings for each question: its place among the examples, the wording's name, the reworded.
-
-    Args:
-        examples: rows; those without a question are passed over.
-        times: wordings of each.
-        ordinary: passages by kind, one of which may stand before a question.
-        generator: of the draws.
-
-    Returns:
-        None in place of a row that `reworded` does not reword.
-    """
-    texts = [e.answer for kind in PASSAGES for e in ordinary.get(kind, ())] or [""]
-    made: list[tuple[int, str, Example | None]] = []
-    for place, example in enumerate(examples):
-        if example.prompt is None:
-            continue
-        for name in generator.permutation(sorted(FITTED))[:times].tolist():
-            other = texts[int(generator.integers(len(texts)))][:AFTER_TEXT]
-            made.append((place, name, reworded(example, FITTED[name](example.prompt, place, other))))
-    return made
 
 
 def to_measure(

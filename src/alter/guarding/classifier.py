@@ -25,48 +25,6 @@ LEARNT = 6
 """Windows of a text to forget or of a benign prompt that the fit learns from."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Prompts, and the number of the row that each asks: a row's wordings are left out of a fit together.
-
-    Attributes:
-        prompts: n of them, token ids.
-        row: number of each prompt's row, n.
-        whole: whether a prompt is about its row from end to end, as a text is, n; of others the end is known to be.
-        given: how many of the prompts, the first ones, are rows in their own words.
-    """
-
-    prompts: list[list[int]]
-    row: list[int]
-    whole: list[bool]
-    given: int
-
-
-def asked_of(
-    tokenizer: Any,
-    examples: Sequence[Example],
-    limit: int | None,
-    reworded: Sequence[tuple[int, str, Example | None]],
-) -> Asked:
-    """Encode rows as a user would ask them, and those in other words (`in_other_words`) that fit `limit` tokens.
-
-    Each part of a text that is split counts as a row.
-    """
-    prompts: list[list[int]] = []
-    own: dict[int, int] = {}
-    whole: list[bool] = []
-    for place, example in enumerate(examples):
-        own[place] = len(prompts)
-        prompts += prompts_of(tokenizer, [example], limit)
-        whole += [example.kind == "text"] * (len(prompts) - len(whole))
-    given, row = len(prompts), list(range(len(prompts)))
-    for place, _, other in reworded:
-        for prompt in fitting(tokenizer, [other], limit):
-            prompts.append(prompt)
-            row.append(own[place])
-    return Asked(prompts, row, whole + [False] * (len(prompts) - given), given)
-
-
 def fitting(tokenizer: Any, examples: Sequence[Example | None], limit: int | None) -> list[list[int]]:
     """Encode the prompts of examples, without those that are None or longer than `limit` tokens."""
     prompts = [encode_prompt(tokenizer, example) for example in examples if example is not None]
@@ -129,7 +87,7 @@ class Fitted:
     Attributes:
         weight, bias: of the logistic regression on the windows' mean states as they are.
         threshold: probability above which a prompt counts as recognised.
-        caught: whether each forget prompt lies above it, scored by a fit without its row, [n].
+        caught: whether each forget prompt lies above it, scored by a fit without it, [n].
         alarms: the same of the benign prompts, [m].
     """
 
@@ -147,8 +105,8 @@ class Fitted:
 
 
 def fit_classifier(
-    forget: Sequence[Array], benign: Sequence[Array], *, whole: Sequence[bool] | None = None,
-    rows: tuple[Sequence[int], Sequence[int]] | None = None, false_alarms: float, threshold: float, seed: int,
+    forget: Sequence[Array], benign: Sequence[Array], *, whole: Sequence[bool] | None = None, false_alarms: float,
+    threshold: float, seed: int,
 ) -> Fitted:  # fmt: skip
     """Fit a logistic regression, each class with the same total weight, on standardised states of windows (L2, C = 1).
 
@@ -159,23 +117,21 @@ def fit_classifier(
     Args:
         forget, benign: of n and m prompts, the mean states [k, H] of the windows, the last one first.
         whole: whether all windows of a forget prompt are about what is to be forgotten, n; by default none but the last.
-        rows: numbers of their rows, n and m; prompts of one row are left out together. By default each has its own.
         false_alarms, threshold: see above.
         seed: of the folds.
 
     Raises:
-        UserError: there are fewer than two rows of either.
+        UserError: there are fewer than two of either.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.model_selection import StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    of_forget, of_benign = rows or (range(len(forget)), range(len(benign)))
-    there = len(set(of_forget)), len(set(of_benign))
-    if min(there) < 2:
+    fewest = min(len(forget), len(benign))
+    if fewest < 2:
         raise UserError(
-            f"The classifier needs at least two rows to forget and two to keep; there are {there[0]} and {there[1]}."
+            f"The classifier needs at least two rows to forget and two to keep; there are {len(forget)} and {len(benign)}."
         )
     every, y = [*forget, *benign], np.repeat([1, 0], [len(forget), len(benign)])
     all_of = [*(whole or [False] * len(forget)), *[True] * len(benign)]
@@ -189,10 +145,9 @@ def fit_classifier(
         weight = regression.coef_[0] / scaler.scale_
         return weight, float(regression.intercept_[0] - scaler.mean_ @ weight)
 
-    groups = np.concatenate([np.asarray(of_forget), np.asarray(of_benign) + max(of_forget) + 1])
     left_out = np.zeros(len(y))
-    folds = StratifiedGroupKFold(min(FOLDS, *there), shuffle=True, random_state=seed)
-    for rest, out in progress(folds.split(y, y, groups), total=folds.n_splits, label="classifier"):
+    folds = StratifiedKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
+    for rest, out in progress(folds.split(y, y), total=folds.n_splits, label="classifier"):
         weight, bias = fitted(rest)
         windows = [every[i] for i in out]
         left_out[out] = expit(highest(np.concatenate(windows) @ weight + bias, [*map(len, windows)]))

@@ -14,8 +14,7 @@ from alter.adapter import base_fingerprint
 from alter.core import Array, UserError, show, warn
 from alter.data import Collator, Encoded, Example, apart_from, encode_all
 from alter.data.background import background
-from alter.data.rewording import in_other_words
-from alter.guarding.classifier import asked_of, fit_classifier, measure, prompt_windows
+from alter.guarding.classifier import fit_classifier, measure, prompt_windows, prompts_of
 from alter.guarding.settings import Eco, MakeGuard
 from alter.inference import context_length, score
 from alter.models import CLASSIFIER, Corrupted, Form, ModelSettings, PromptClassifier
@@ -75,11 +74,8 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
     named = [f"{row.prompt or ''} {row.answer}" for row in forget]
     ordinary = apart_from(background(), named)
     kept = [*retain, *(row for rows in ordinary.values() for row in rows)]
-    draw = np.random.default_rng(run.seed)
-    own, others = (
-        asked_of(tokenizer, rows, limit, in_other_words(rows, times, ordinary, draw))
-        for rows, times in ((forget, how.rewordings), (kept, min(1, how.rewordings)))
-    )
+    own = [(prompt, row.kind == "text") for row in forget for prompt in prompts_of(tokenizer, [row], limit)]
+    others = prompts_of(tokenizer, kept, limit)
     if how.strength is None:
         # before anything is fitted: a prompt may leave no room for its answer
         encode_all(tokenizer, forget, max_length=limit, label="forget")
@@ -89,17 +85,13 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
         return prompt_windows(model, prompts, depth, how.window, pad, label)
 
     fitted = fit_classifier(
-        windows(own.prompts, "to forget"), windows(others.prompts, "others"), whole=own.whole, rows=(own.row, others.row),
+        windows([prompt for prompt, _ in own], "to forget"), windows(others, "others"), whole=[whole for _, whole in own],
         false_alarms=how.false_alarms, threshold=how.threshold, seed=run.seed,
     )  # fmt: skip
-    found = {"recognised": float(fitted.caught[: own.given].mean()), "false_alarms": float(fitted.alarms.mean())}
-    told = f"{found['recognised']:.0%} of {own.given} forget prompts recognised"
-    if len(own.prompts) > own.given:
-        found["in_other_words"] = float(fitted.caught[own.given :].mean())
-        told += f", {found['in_other_words']:.0%} of {len(own.prompts) - own.given} in other words"
+    found = {"recognised": float(fitted.caught.mean()), "false_alarms": float(fitted.alarms.mean())}
     show(
-        f"classifier: {told}, {found['false_alarms']:.1%} of {len(others.prompts)} others (cross-validation; above "
-        f"{fitted.threshold:.3g})",
+        f"classifier: {found['recognised']:.0%} of {len(own)} forget prompts recognised, {found['false_alarms']:.1%} of "
+        f"{len(others)} others (cross-validation; above {fitted.threshold:.3g})",
         stderr=True,
     )
     unseen = apart_from(background(unseen=True), named)

@@ -50,8 +50,6 @@ class Eco(Maker):
     """Where the classifier reads hidden states, as a share of the blocks."""
     window: Tokens = Field(32, ge=1)
     """Tokens whose mean state the classifier judges, wherever in the prompt they are."""
-    rewordings: Count = Field(2, ge=0)
-    """Wordings of each question that the classifier is fitted with besides its own; the paper's 0. Of other questions half as many."""
     dims: Count = Field(1, ge=1)
     """How many dimensions of an embedding get noise; the paper's 1."""
     strength: float | None = Field(None, gt=0)

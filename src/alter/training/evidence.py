@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alter.adapter import pool
-from alter.data import Encoded, Example, apart_from, encode, rewording
+from alter.data import FITTED, Encoded, Example, apart_from, encode, reworded, rewording
 from alter.data.background import background
 from alter.groundwork import frozen
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from alter.training.batches import RunRows
     from alter.training.settings import Unlearn
 
+
+AFTER_TEXT = 800
+"""Characters of other text before a question, in the fit."""
 
 OWN_WORDS = "own words"
 """Name of retain rows that the model itself has written."""
@@ -101,11 +104,20 @@ def fit_rows(
     retain = FitRows(name, [rows.retain[i] for i in kept], [0] * len(kept))
     parts = [forget, retain]
     ordinary = apart_from(background(), [text_of(e) for e in rows.examples]) if fit.background else {}
+    texts = [e.answer for kind in ("prose", "facts", "code", "languages") for e in ordinary.get(kind, ())] or [""]
 
     def in_other_words(examples: Sequence[Example], times: int, most: int) -> list[tuple[int, str, Encoded]]:
-        asked = rewording.in_other_words(examples, times, ordinary, generator)
-        encoded = encode_fitting(tokenizer, [example for *_, example in asked], limit)
-        made = [(place, name, row) for (place, name, _), row in zip(asked, encoded, strict=True) if row is not None]
+        asked: list[Example | None] = []
+        places: list[tuple[int, str]] = []
+        for place, example in enumerate(examples):
+            if example.prompt is None:
+                continue
+            for name in generator.permutation(sorted(FITTED))[:times].tolist():
+                other = texts[int(generator.integers(len(texts)))][:AFTER_TEXT]
+                asked.append(reworded(example, FITTED[name](example.prompt, place, other)))
+                places.append((place, name))
+        encoded = encode_fitting(tokenizer, asked, limit)
+        made = [(*place, row) for place, row in zip(places, encoded, strict=True) if row is not None]
         return [made[i] for i in _within([row for *_, row in made], most, generator)]
 
     if fit.rewordings and rows.examples:
