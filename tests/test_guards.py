@@ -722,6 +722,15 @@ def test_a_guard_is_not_written_over_anything(folder, tmp_path, capsys):
     [
         ({"cross_validation": {"recognised": 0.0}}, "recognised 0% of its prompts"),
         ({"inside": {"forget": 0.75}}, "recognised 75% of its prompts"),
+        (
+            {
+                "cross_validation": {"recognised": 0.9},
+                "measured": {
+                    "caught": {"typos": {"share": 0.75, "prompts": 8}, "capitals": {"share": 0.5, "prompts": 8}}
+                },
+            },
+            "recognised 90% of its prompts when it was made; asked in other wordings, least in capitals: 50% of 8. It changes",
+        ),
         ({}, "`eco`). It changes"),
     ],
 )

@@ -65,6 +65,12 @@ def write_guard(out: Path, form: Form, run: MakeGuard) -> None:
         write_atomic(partial / name, save({key: value.contiguous() for key, value in tensors.items()}))
     what = "what it was told to" if run.forget is None else f"what {for_others(run.forget)} say"
     share = "" if caught is None else f", and recognised {caught:.0%} of its prompts when it was made"
+    worded = settings.get("measured", {}).get("caught")
+    if worded:
+        name = min(worded, key=lambda each: worded[each]["share"])
+        share += (
+            f"; asked in other wordings, least in {name}: {worded[name]['share']:.0%} of {worded[name]['prompts']}"
+        )
     write_atomic(partial / "README.md", CARD.format(model=run.model, what=what, kind=run.guard.kind, share=share))
     if out.exists():
         shutil.rmtree(out)
