@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from alter.data.rows import Example
 
 LITTLE_WORDS = frozenset(
@@ -198,7 +196,8 @@ def to_measure(
         by wording; None in place of a row that `reworded` does not reword.
     """
     long_text = " ".join(e.answer for e in unseen.get("detective", ()))[:LONG_TEXT]
-    places = np.linspace(0, len(examples) - 1, min(MEASURED_ROWS, len(examples))).astype(int).tolist()
+    count = min(MEASURED_ROWS, len(examples))
+    places = [i * (len(examples) - 1) // max(count - 1, 1) for i in range(count)]
     return {
         name: [
             reworded(examples[i], make(prompt, i, long_text))

@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from alter import metrics
 from alter.core import Array, UserError, progress, show
-from alter.data import Collator, Example, batches_by_length, encode_all, encode_prompt
-from alter.data.rewording import AS_GIVEN, to_measure
+from alter.data import Collator, Example, batches_by_length, encode_all, encode_prompt, rewording
 from alter.inference import evaluating
-from alter.metrics.samples import share_interval
 from alter.models import after_block, states_after, window_means
 
 FOLDS = 5
@@ -169,7 +168,7 @@ def measure(
 
     Args:
         tokenizer: of the model.
-        forget, retain: rows, some of which are asked in each wording of `to_measure`.
+        forget, retain: rows, some of which are asked in each wording of `rewording.to_measure`.
         unseen: passages of kinds that no fit sees.
         limit: longest prompt, in tokens.
         recognises: tells of prompts, which it takes for those to forget.
@@ -181,8 +180,8 @@ def measure(
     wordings, kept = (
         {
             name: fitting(tokenizer, asked, limit)
-            for name, asked in to_measure(rows, unseen).items()
-            if name != AS_GIVEN
+            for name, asked in rewording.to_measure(rows, unseen).items()
+            if name != rewording.AS_GIVEN
         }
         for rows in (forget, retain)
     )
@@ -201,7 +200,7 @@ def measure(
     if not others:
         return {"caught": caught, "false_alarms": {"share": None, "interval": None, "prompts": 0}}
     alarms = sum(flags)
-    interval = share_interval(alarms, len(others))
+    interval = metrics.samples.share_interval(alarms, len(others))
     show(
         f"classifier: of {len(others)} other prompts of kinds and wordings that it was not fitted with, "
         f"{alarms / len(others):.1%} (95 % interval {interval[0]:.1%} to {interval[1]:.1%})",

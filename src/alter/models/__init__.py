@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from alter.models.guards.corruption import PromptClassifier as PromptClassifier
     from alter.models.guards.corruption import after_block as after_block
     from alter.models.guards.corruption import states_after as states_after
-    from alter.models.guards.likeness import mean_states as mean_states
     from alter.models.guards.likeness import window_means as window_means
     from alter.models.guards.neurons import NEURONS as NEURONS
     from alter.models.guards.neurons import Abstaining as Abstaining
