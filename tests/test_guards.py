@@ -525,7 +525,23 @@ def test_a_prompt_is_judged_by_the_likest_of_its_windows():
         assert found.recognised([prompt]).tolist() == [max(each) > found.threshold]
     both = found.recognised([forget[0], benign[5], forget[5]])
     assert both.tolist() == [True, False, True]
+    # the guard judges as the fit does: by the likest window of the prompt's own tokens, padding and the first one left out
+    weight, bias = torch.from_numpy(found.weight).float(), torch.tensor(found.bias)
+    states = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(3))
+    states[:, 12:16] += torch.from_numpy(subject).float()
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, 8:] = 0
+    chances = guards.PromptClassifier(weight, bias, 4)(states, mask)
+    for row, real, chance in zip(states, mask.bool(), chances, strict=True):
+        windows = window_means(row[real], 4)
+        assert float(chance) == pytest.approx(max(float((w @ weight + bias).sigmoid()) for w in windows))
+        assert (float(chance) > found.threshold) is bool(found.recognised([windows.numpy()])[0])
+    assert (chances > found.threshold).tolist() == [True, False]
     # the fit learns from one window of a question, from all of a short text, from six of a long prompt
+    last = [prompt if k > 5 else prompt[:1] for k, prompt in enumerate(forget)]
+    same = classifier.fit_classifier(last, [classifier.spread(prompt) for prompt in benign], whole=[True] * 9, **given)
+    assert (same.weight == found.weight).all()
+    assert same.bias == found.bias
     assert classifier.spread(np.arange(20)[:, None])[:, 0].tolist() == [0, 3, 7, 11, 15, 19]
     assert classifier.spread(np.arange(3)[:, None])[:, 0].tolist() == [0, 1, 2]
 
