@@ -132,9 +132,8 @@ def _load_file(path: str) -> None:
         raise UserError(f"The plugin {path} cannot be loaded{where}: {type(error).__name__}: {error}") from error
 
 
-def is_found_elsewhere(part: Any) -> bool:
-    """Tell whether another process finds a part by its name: one of alter's own, of a named file or of an installed plugin."""
-    module = type(part).__module__
+def is_found_elsewhere(module: str) -> bool:
+    """Tell whether another process finds what a module registers: one of alter's own, a named file or an installed plugin's."""
     if module.partition(".")[0] in {"alter", *(entry.module.partition(".")[0] for entry in entries())}:
         return True
     file = getattr(sys.modules.get(module), "__file__", None)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alter.adapter.plan import Plan, Products
-
-if TYPE_CHECKING:
-    pass
 
 
 class _MaskedWeightGradient(torch.autograd.Function):

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 
 from alter.comparison.division import forget_set
-from alter.comparison.own import own_records
+from alter.comparison.own import FORGET, RETAIN, own_records
 from alter.comparison.settings import OWN, Survival
 from alter.comparison.survival import survival
 from alter.core import UserError, forked, passing
 from alter.data import load_examples
 from alter.distillation import Distill, distill
-from alter.evaluation import tofu_metrics
+from alter.evaluation import RowsEvaluation, TofuEvaluation, tofu_metrics, with_added
 from alter.methods import adapter_of
 from alter.models import load_model
 from alter.storage import Record, stamped, take_lock, to_json, write_atomic, write_records
@@ -136,13 +136,17 @@ def _figures(spec: Mapping[str, Any], split: str, network: Any, tokenizer: Any, 
     Raises:
         UserError: the model gives no probabilities.
     """
+    told = {"model": spec["model"], "name": spec["name"], "limit": spec["limit"]}
     if split == OWN:
-        return own_records(spec["name"], network, tokenizer, rows, spec["limit"], spec.get("domain_column"))
+        records = own_records(spec["name"], network, tokenizer, rows, spec["limit"], spec.get("domain_column"))
+        own = {of: str(rows / f"{of}.json") for of in (FORGET, RETAIN)}
+        return with_added(RowsEvaluation(**told, **own), network, tokenizer, records)
     found = tofu_metrics(network, tokenizer, split, str(rows), limit=spec["limit"], progress=False)
     ratios = found.sets["forget"].truth_ratio
     if ratios is None or np.isnan(ratios).any():
         raise UserError("Truth ratios on forget rows are not numbers: the model gives no probabilities.")
-    return found.records(spec["name"])
+    asked = TofuEvaluation(**told, split=split, data=str(rows))
+    return with_added(asked, network, tokenizer, found.records(spec["name"]))
 
 
 def _template(spec: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from alter.comparison.settings import OWN, Compare
 from alter.core import UserError, nearest
+from alter.evaluation import added_to, check_added
 from alter.methods import METHODS
 from alter.plugins import is_found_elsewhere
 from alter.settings import mistake
@@ -42,20 +43,38 @@ def check_parts(run: Unlearn) -> None:
     """
     for name in ("adapter", "initializer", "objective", "retain_objective", "gradient"):
         part = getattr(run, name)
-        if not is_found_elsewhere(part):
-            raise UserError(
-                f"`{name}.kind` {part.kind} is registered in this process alone, and each cell of a comparison has one of its own: put it "
-                "into a file, and name that in the environment's ALTER_PLUGINS (`alter compare --plugin FILE.py`)."
-            )
+        if not is_found_elsewhere(type(part).__module__):
+            raise _unknown_elsewhere(f"`{name}.kind` {part.kind}")
+
+
+def _unknown_elsewhere(what: str) -> UserError:
+    return UserError(
+        f"{what} is registered in this process alone, and each cell of a comparison has one of its own: put it into a file, and "
+        "name that in the environment's ALTER_PLUGINS (`alter compare --plugin FILE.py`)."
+    )
+
+
+def _check_added(settings: Compare) -> None:
+    """Check the metrics that plugins added to what is measured.
+
+    Raises:
+        UserError: one is for a benchmark that does not exist, or only this process knows it.
+    """
+    check_added()
+    for name, function in added_to(settings.benchmark).items():
+        if not is_found_elsewhere(function.__module__):
+            raise _unknown_elsewhere(f"The metric {name!r}")
 
 
 def check_settings(settings: Compare) -> None:
     """Check the settings before any cell is planned.
 
     Raises:
-        UserError: an empty or repeated list, a number that cannot be a rate or a length, or more search seeds than seeds.
+        UserError: an empty or repeated list, a number that cannot be a rate or a length, more search seeds than seeds, or a metric that
+            a cell would not know.
     """
     _check_own(settings)
+    _check_added(settings)
     lists = {name: getattr(settings, name) for name in ("methods", "splits", "seeds", "rates", "epochs")}
     for name, values in lists.items():
         if not values:

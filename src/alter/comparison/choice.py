@@ -16,7 +16,7 @@ from alter.comparison.checks import ORIGINAL, RETRAINED
 from alter.comparison.plan import Cell, Chain, Layout, Setting
 from alter.comparison.settings import Compare
 from alter.core import Array, UserError
-from alter.evaluation import broken, gives
+from alter.evaluation import ADDED, added_to, broken, gives
 from alter.storage import Record, read_records
 
 FIGURES = {
@@ -50,7 +50,19 @@ CRITERIA = {
 
 def columns(settings: Compare) -> dict[str, str]:
     """Return the columns of the table for each split, by metric."""
-    return FIGURES | (SURVIVAL if settings.survival.rows else {})
+    return FIGURES | (SURVIVAL if settings.survival.rows else {}) | added_columns(settings)
+
+
+def added_columns(settings: Compare) -> dict[str, str]:
+    """Return the columns of metrics that plugins added, by figure: their names, an arrow in the better direction."""
+    better = {name: metrics.CATALOGUE[name].higher_is_better for name in added_to(settings.benchmark)}
+    arrows = {True: " ↑", False: " ↓", None: ""}
+    return {figure_of(name): f"{name}{arrows[higher]}" for name, higher in better.items()}
+
+
+def figure_of(metric: str) -> str:
+    """Return what a metric's figure is called here: a plugin's may have the name of a cost, or of what is made of others."""
+    return f"plugin:{metric}" if metric in ADDED else metric
 
 
 def criterion(settings: Compare, split: str) -> str:
@@ -77,9 +89,9 @@ def cell_figures(records: Sequence[Record], reference: Sequence[Record] | None) 
     """
     by = {record.metric: record for record in records}
     found = {
-        name: math.nan if record.value is None else record.value
+        figure_of(name): math.nan if record.value is None else record.value
         for name, record in by.items()
-        if name in FIGURES or name in SURVIVAL or name in (*MEMBERSHIP, "forget_probability")
+        if name in FIGURES or name in SURVIVAL or name in ADDED or name in (*MEMBERSHIP, "forget_probability")
     }
     found |= _replies(by.get("forget_rouge"))
     if reference is not None:
@@ -106,7 +118,7 @@ def intervals(records: Sequence[Record], found: Mapping[str, float]) -> dict[str
         found: its `cell_figures`.
     """
     own = {record.metric: record.extra["interval"] for record in records if record.extra.get("interval")}
-    told = {name: (float(low), float(high)) for name, (low, high) in own.items() if name in found}
+    told = {figure_of(name): (float(low), float(high)) for name, (low, high) in own.items() if figure_of(name) in found}
     replies = next((record for record in records if record.metric == "forget_rouge"), None)
     for name, values in zip(("forget_said", "forget_unusable"), _judged(replies), strict=True):
         if f"{name}_of" in found and replies is not None:

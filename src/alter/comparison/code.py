@@ -16,7 +16,13 @@ from alter.storage import digest
 def source_digest() -> str:
     """Hash the code that decides a cell's numbers: training, evaluation and all modules of this package they import."""
     return _code_digest(
-        ["alter.training.run", "alter.evaluation.tofu.measuring", "alter.comparison.survival", "alter.comparison.own"]
+        [
+            "alter.training.run",
+            "alter.evaluation.tofu.measuring",
+            "alter.evaluation.added",
+            "alter.comparison.survival",
+            "alter.comparison.own",
+        ]
     )
 
 

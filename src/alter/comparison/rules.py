@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from alter import metrics
 from alter.comparison.choice import CRITERIA, criterion
 from alter.comparison.distilling import distilled_rule
 from alter.comparison.settings import OWN, Compare
+from alter.evaluation import added_to
 
 
 def rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -44,6 +46,7 @@ def rules(settings: Compare, divided: Mapping[str, Mapping[str, int]]) -> list[s
         ),
         _division_rule(settings),
         *([_survival_rule(settings)] if settings.survival.rows else []),
+        *(f"{name}, of a plugin: {metrics.CATALOGUE[name].meaning}." for name in added_to(settings.benchmark)),
         *distilled_rule(settings),
         *([f"Only {settings.limit} rows of each set and part were evaluated."] if settings.limit else []),
         "Wall time: the run without loading Python and without evaluation, beside the other workers' cells. Peak memory: "

@@ -176,6 +176,11 @@ class Compare(BaseModel):
         return list(self.splits) if self.forget is None else [OWN]
 
     @property
+    def benchmark(self) -> str:
+        """The benchmark whose figures the table has."""
+        return "tofu" if self.forget is None else "rows"
+
+    @property
     def cells_on(self) -> str | None:
         """What the cells run on: `device`, or on a cluster what they ask it for, since this machine may have no GPU; None: what there is."""
         if self.device is not None or self.executor == "local":

@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING
 from alter.core import lazy
 
 if TYPE_CHECKING:
+    from alter.evaluation.added import ADDED as ADDED
+    from alter.evaluation.added import added_to as added_to
+    from alter.evaluation.added import check_added as check_added
+    from alter.evaluation.added import with_added as with_added
     from alter.evaluation.answered import Answered as Answered
     from alter.evaluation.answered import answer_rows as answer_rows
     from alter.evaluation.base import Evaluation as Evaluation
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from alter.evaluation.run import evaluate as evaluate
     from alter.evaluation.run import measured as measured
     from alter.evaluation.run import show_records as show_records
+    from alter.evaluation.tofu.benchmark import TofuEvaluation as TofuEvaluation
     from alter.evaluation.tofu.measuring import tofu_metrics as tofu_metrics
     from alter.evaluation.tofu.measuring import tofu_metrics_beside_base as tofu_metrics_beside_base
     from alter.evaluation.tofu.reference import read_reference as read_reference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -57,7 +57,7 @@ class Added:
     benchmarks: tuple[str, ...]
 
 
-METRICS: Registry[Added] = Registry("metric", {})
+ADDED: Registry[Added] = Registry("metric", {})
 """Metrics that plugins added, by name."""
 
 
@@ -80,34 +80,56 @@ def metric(
     """
 
     def register(function: F) -> F:
-        if name in metrics.CATALOGUE and name not in METRICS.known():
+        if name in metrics.CATALOGUE and name not in ADDED.known():
             raise UserError(f"There is already a metric named {name!r}: give yours another name.")
-        METRICS.add(name, Added(function, tuple(benchmarks)))
+        ADDED.add(name, Added(function, tuple(benchmarks)))
         metrics.CATALOGUE[name] = metrics.catalogue.Metric(higher_is_better, meaning)
         return function
 
     return register
 
 
-def chosen(settings: Evaluation) -> dict[str, Measures]:
-    """Return the metrics that plugins added to the benchmark of these settings, by name.
+def check_added() -> None:
+    """Refuse a metric for a benchmark that does not exist.
 
     Raises:
-        UserError: one is for a benchmark that does not exist.
+        UserError: names both.
     """
-    for name, added in METRICS.items():
+    for name, added in ADDED.items():
         for wanted in added.benchmarks:
             if wanted not in BENCHMARKS:
                 raise UserError(
                     f"The metric {name!r} is for the benchmark {wanted!r}; expected one of {', '.join(BENCHMARKS)}.{nearest(wanted, BENCHMARKS)}"
                 )
-    own = getattr(settings, "benchmark", None)
-    return {name: added.function for name, added in METRICS.items() if own in added.benchmarks}
 
 
-def lie_in_files(functions: Iterable[Measures]) -> bool:
-    """Tell whether the code of all functions is in files, so that a hash knows it; what a notebook defines is not."""
-    return all(getattr(sys.modules.get(each.__module__), "__file__", None) is not None for each in functions)
+def added_to(benchmark: str | None) -> dict[str, Measures]:
+    """Return the metrics that plugins added to a benchmark, by name."""
+    return {name: added.function for name, added in ADDED.items() if benchmark in added.benchmarks}
+
+
+def in_files(settings: Evaluation) -> bool:
+    """Tell whether the code of a benchmark and of what is added to it is in files, so that a hash knows it; what a notebook defines
+    is not.
+    """
+    parts = (type(settings), *added_to(_benchmark(settings)).values())
+    return all(getattr(sys.modules.get(each.__module__), "__file__", None) is not None for each in parts)
+
+
+def _benchmark(settings: Evaluation) -> str | None:
+    return getattr(settings, "benchmark", None)
+
+
+def with_added(settings: Evaluation, model: Any, tokenizer: Any, records: Sequence[Record]) -> list[Record]:
+    """Return what a benchmark measured, and after it the record of each metric that plugins added to it.
+
+    Raises:
+        UserError: see `added_records`.
+    """
+    return [
+        *records,
+        *added_records(Seen(settings, model, tokenizer, tuple(records)), added_to(_benchmark(settings))),
+    ]
 
 
 def added_records(seen: Seen, functions: Mapping[str, Measures]) -> list[Record]:
@@ -129,7 +151,7 @@ def added_records(seen: Seen, functions: Mapping[str, Measures]) -> list[Record]
         if values.ndim != 1 or not np.isfinite(values).any() or np.isinf(values).any():
             what = f"{type(given).__name__}: {' '.join(repr(given).split())[:60]}"
             raise UserError(f"The metric {name!r} gives a {what}; expected a number for each item, or a Record.")
-        mode, told = getattr(seen.settings, "mode", "strict"), {"benchmark": getattr(seen.settings, "benchmark", None)}
+        mode, told = getattr(seen.settings, "mode", "strict"), {"benchmark": _benchmark(seen.settings)}
         count = int((~np.isnan(values)).sum())
         found.append(
             metric_record(seen.settings.label, name, np.nanmean(values), count, values, mode=mode, extra=told)

@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -28,9 +28,6 @@ from alter.core import Array, UserError, progress
 from alter.evaluation.grading import PROMPT_VERSION, Graded, Unusable, ask_judge, bound, estimate, grade
 from alter.settings import Count, Rows, Tokens
 from alter.storage import cache_folder
-
-if TYPE_CHECKING:
-    pass
 
 EMPTY_GRADE = 1
 """An empty reply is the scale's "unreadable": it gets this grade without a call."""

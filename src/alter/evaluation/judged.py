@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,9 +17,6 @@ from alter.evaluation.judge import Grades, Judge, judge_replies
 from alter.rendering import table
 from alter.settings import OutFile
 from alter.storage import Record, read_records, stamped, write_records
-
-if TYPE_CHECKING:
-    pass
 
 
 def judge_records(

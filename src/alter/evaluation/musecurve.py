@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from rich.console import Console
 
-from alter.core import UserError, show
+from alter.core import UserError, console
+from alter.evaluation.added import check_added, with_added
 from alter.evaluation.muse import MuseEvaluation
 from alter.rendering import table
 from alter.settings import shown
@@ -94,6 +94,7 @@ def muse_curve(settings: MuseCurve) -> list[Record]:
     """
     if settings.json_path is not None and Path(settings.json_path).is_dir():
         raise UserError(f"`json_path` is {settings.json_path!r}, a folder: give the path of a file.")
+    check_added()
     points = settings.parsed()
     data = settings.data_digest()
     memo = cache_folder(settings.cache)
@@ -102,7 +103,7 @@ def muse_curve(settings: MuseCurve) -> list[Record]:
     for point, identity in zip(points, identities, strict=True):
         evaluation = settings.at(point)
         model, tokenizer = evaluation.load()
-        records = evaluation.measure(model, tokenizer)
+        records = with_added(evaluation, model, tokenizer, evaluation.measure(model, tokenizer))
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         del model
         place = {"criterion": settings.criterion, "point": point.label, "x": point.x}
@@ -115,9 +116,9 @@ def muse_curve(settings: MuseCurve) -> list[Record]:
             device=settings.place(),
             dtype=dtype,
         )
-    Console().print(table(curve, f"{settings.title()}, {settings.criterion}: {settings.model}"))
+    console.show(table(curve, f"{settings.title()}, {settings.criterion}: {settings.model}"))
     everything = [record for records in curve.values() for record in records]
     if settings.json_path is not None:
         write_records(settings.json_path, everything)
-        show(f"records: {shown(settings.json_path)}", stderr=True)
+        console.show(f"records: {shown(settings.json_path)}", stderr=True)
     return everything

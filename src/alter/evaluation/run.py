@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 
 from alter.core import UserError, console, processes
 from alter.data import Example, encode_prompt, read_rows
-from alter.evaluation.added import Seen, added_records, chosen, lie_in_files
+from alter.evaluation.added import check_added, in_files, with_added
 from alter.evaluation.base import Evaluation, overheard, say
 from alter.evaluation.closing import closing_of, show_closing
 from alter.evaluation.tofu.logs import Aggregate, aggregate
@@ -104,17 +104,16 @@ def measured(settings: Evaluation) -> list[Record]:
     Raises:
         UserError: see `evaluate`.
     """
-    more = chosen(settings)
+    check_added()
     data = settings.data_digest()
     folder = cache_folder(settings.cache)
     identity = processes.from_first(lambda: settings.identity(folder))
-    key = None if folder is None or not lie_in_files(more.values()) else cache_key(settings, identity, data)
+    key = None if folder is None or not in_files(settings) else cache_key(settings, identity, data)
     found = processes.from_first(lambda: recall(folder, key) if folder is not None and key is not None else None)
     if found is None:
         model, tokenizer = settings.load()
         with overheard() as notes:
-            records = settings.measure(model, tokenizer)
-            records += added_records(Seen(settings, model, tokenizer, tuple(records)), more)
+            records = with_added(settings, model, tokenizer, settings.measure(model, tokenizer))
         if not processes.from_first(lambda: _is_still(settings, identity, folder)):
             say(
                 [

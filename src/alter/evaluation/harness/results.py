@@ -7,7 +7,7 @@ import statistics
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from alter.evaluation.harness.library import check_installed, quiet_harness
 from alter.evaluation.harness.model import harness_model
 from alter.inference import evaluating
 from alter.storage import Record, digest
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = (
     "output_type", "description", "doc_to_text", "doc_to_choice", "doc_to_target", "target_delimiter", "fewshot_delimiter",

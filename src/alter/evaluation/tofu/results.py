@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,9 +13,6 @@ from alter.core import Array, UserError
 from alter.evaluation.figures import Figures, Groups, interval_over
 from alter.evaluation.tofu.sets import PARAPHRASED, UTILITY_SETS
 from alter.storage import Record
-
-if TYPE_CHECKING:
-    pass
 
 Mode = Literal["strict", "compat"]
 
