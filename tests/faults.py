@@ -36,6 +36,11 @@ HALVED = ("open", "write", "native", "flush")
 """What can be done by half; elsewhere a truncation is a kill."""
 
 
+def spread(states, few):
+    """So many of the states, from the first to the last, at equal distances."""
+    return states if len(states) <= few else [states[at * (len(states) - 1) // (few - 1)] for at in range(few)]
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing that comes afterwards reaches the disk."""
 

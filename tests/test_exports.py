@@ -1,6 +1,7 @@
 """Packages export what others use: no import goes past an `__init__`, no export is unused, and none costs an import."""
 
 import ast
+import functools
 import importlib
 import subprocess
 import sys
@@ -53,9 +54,15 @@ def modules_of(package):
     }
 
 
+@functools.cache
+def nodes(path):
+    """All nodes of a file's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def foreign(path):
     """Each import in a file from another package: the package, the rest of the module's name, the name."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             named = [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -98,7 +105,7 @@ def test_exports_exist_and_another_package_uses_them(package):
         node.attr
         for path in FILES
         if owner(path) != package
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == package
     } & (exports if package == "metrics" else set())
     assert exports - used == {name for place, name in (one.split(".") for one in PUBLIC) if place == package}

@@ -48,7 +48,7 @@ from alter.models.loading import load_model
 from alter.storage import files as storage_files
 from alter.storage import folder_digest
 from alter.storage.running import CLAIM_FILE
-from faults import States
+from faults import States, spread
 from pico import byte_tokenizer, pico, save_pico
 from test_judge import KEY, Server
 
@@ -1321,7 +1321,7 @@ def test_every_write_of_the_rows(small, tmp_path, monkeypatch):
     whole = {name: (out / name).read_bytes() for name in files}
     assert len(plan.seen) > 20
     states = plan.distinct()
-    for fault, state in states[:: max(1, len(states) // 16)]:
+    for fault, state in spread(states, 8):
         shutil.rmtree(place)
         shutil.copytree(state, place)
         go()

@@ -26,7 +26,7 @@ from alter.guarding.settings import MakeGuard
 from alter.inference import internals, scoring
 from alter.inference.generation import generate, left_padded, sample
 from alter.methods import presets
-from alter.models import guards
+from alter.models import guards, in_small_letters
 from alter.models.guards import Detector, Likeness, agents, mean_states, window_means
 from alter.models.guards.neurons import keys_of
 from alter.models.loading import load_model
@@ -34,7 +34,7 @@ from alter.serving.engine import Engine
 from alter.serving.jobs import Job
 from alter.storage.records import read_records
 from alter.training.run import Unlearn, unlearn
-from pico import PAD, pico, run_on, save_pico, write_jsonl, write_people
+from pico import PAD, byte_tokenizer, pico, run_on, save_pico, write_jsonl, write_people
 
 # these rows have no paraphrases, translations or second turns; UDS needs an original that knows them; searches repeat the rest
 SKIPPED = ("paraphrase", "languages", "dialogue", "beginning", "hint", "few_shot", "uds")
@@ -483,6 +483,53 @@ def test_only_recognised_prompts_are_corrupted_and_others_are_bit_equal(dims, si
                 assert not torch.allclose(found[k, place], plain[k, place], atol=1e-3)
             else:
                 assert torch.equal(found[k], plain[k])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_in_capitals_is_judged_in_small_letters_too(side):
+    """In capitals a text is other tokens, which a guard of names as they are written does not know."""
+    tokenizer, base = byte_tokenizer(), pico()
+    said = ["Who Is Ada?", "WHO IS ADA?", "A poem", "THE SEA, THE SEA"]
+    rows = [tokenizer(text).input_ids for text in said]
+    with torch.no_grad():
+        states = [base(input_ids=torch.tensor([row]), output_hidden_states=True).hidden_states[1][0] for row in rows]
+    means = [state[1:].mean(0) for state in states]
+    # the first alone is recognised
+    weight = means[0] - torch.stack(means[1:]).mean(0)
+    scores = [float(mean @ weight) for mean in means]
+    bias = torch.tensor(-(scores[0] + max(scores[1:])) / 2)
+    settings = {"depth": 1, "threshold": 0.5, "strength": 3.0, "dims": 1, "seed": 5}
+    model = guards.Corrupted(base, guards.PromptClassifier(weight, bias, 64), settings).eval()
+    # behind the prompts stand answers, in the last row in capitals: what is not asked is not judged
+    told = [[*row, *tokenizer(" WHO IS ADA?").input_ids] for row in rows]
+    longest = max(map(len, told))
+    ids, mask = torch.full((4, longest), PAD), torch.zeros(4, longest, dtype=torch.long)
+    for k, row in enumerate(told):
+        place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+        ids[k, place], mask[k, place] = torch.tensor(row), 1
+    prompts = [len(row) for row in rows]
+    assert model.decide(ids, mask, prompts).tolist() == [len(rows[0]) - 1, 0, 0, 0]
+    model.tokenizer = tokenizer
+    assert model.decide(ids, mask, prompts).tolist() == [len(rows[0]) - 1, len(rows[1]) - 1, 0, 0]
+
+
+def test_a_prompt_in_small_letters_keeps_its_template_and_its_length():
+    tokenizer = byte_tokenizer()
+    ids = [tokenizer.pad_token_id, *tokenizer("WHO IS ADA?").input_ids, tokenizer.eos_token_id]
+    small = in_small_letters(tokenizer, ids)
+    assert small == [tokenizer.pad_token_id, *tokenizer("Who Is Ada?").input_ids, tokenizer.eos_token_id]
+    assert in_small_letters(tokenizer, tokenizer("NASA says: who is Ada?").input_ids) is None
+
+    class Longer:
+        """A tokenizer that has more tokens for small letters."""
+
+        def decode(self, ids):
+            return "ADA KING"
+
+        def __call__(self, text, **given):
+            return {"input_ids": list(range(len(text)))}
+
+    assert in_small_letters(Longer(), [1, 2, 3]) == [5, 6, 7]
 
 
 def test_the_classifier_weighs_classes_alike_and_its_alarms_are_counted():

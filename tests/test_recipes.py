@@ -308,18 +308,24 @@ def comparison(name):
     return settings.model_copy(update=given)
 
 
-def rows_of_the_table(name, *already, like=None):
-    """Lay out a comparison and run every row on its first split: what a cell does before it evaluates.
+def rows_of_the_table(name, *already, like=None, every=True):
+    """Lay out a comparison, which checks the settings of every row, and run the rows on its first split: what a cell does
+    before it evaluates.
 
-    Of rows that another comparison, `like`, has too, the first is enough: they are run there.
+    Of rows that another comparison, `like`, has too, the first is enough: they are run there. Unless `every`, one row of each
+    kind of adapter: that each method runs is tested in test_methods.
     """
     settings = comparison(name)
     lay_out(settings, Path(settings.out))
     already = {*already, *(comparison(like).methods if like else ())} - set(settings.methods[:1] if like else ())
     split, point = settings.splits[0], (settings.rates[0], settings.epochs[0])
+    kinds = set()
     for row in settings.methods:
         if row not in already:
             given = run_of(settings, row, split, settings.seeds[0], point, (f"tofu:{split}[:8]", 8))
+            if given.adapter.kind in kinds and not every:
+                continue
+            kinds.add(given.adapter.kind)
             unlearn(given.model_copy(update={"out": f"{settings.out}/{row}", "retain": f"{given.retain}[:16]"}))
 
 
@@ -339,7 +345,7 @@ def chain(name):
         work(out / "cells" / cell.key, ["validation"])
         done = json.loads((out / "cells" / cell.key / "cell.json").read_text())
         assert (done["status"], len(done["stages"])) == ("done", 3), done
-    rows_of_the_table(name, *(cell.name for cell in cells.values()))
+    rows_of_the_table(name, *(cell.name for cell in cells.values()), every=False)
 
 
 def meta_evaluation():
@@ -368,7 +374,7 @@ EXPERIMENTS = {
     "table2": (table2, ["table2-original", "table2", "table2-evaluate"]),
     **{name: (partial(chain, name), [name]) for name in ("continual-tofu-mini", "figure5")},
     **{
-        name: (partial(rows_of_the_table, name), [name])
+        name: (partial(rows_of_the_table, name, every=False), [name])
         for name in (
             "compare-tofu-mini",
             "figure4-llama3.1-8b",
@@ -378,7 +384,7 @@ EXPERIMENTS = {
         )
     },
     **{
-        name: (partial(rows_of_the_table, name, like=like), [name])
+        name: (partial(rows_of_the_table, name, like=like, every=False), [name])
         for name, like in (
             ("compare-survival-tofu-mini", "compare-tofu-mini"),
             ("compare-smollm2-tofu", "ablations"),
@@ -427,6 +433,15 @@ def test_every_command_of_a_header_is_one(name):
 )
 def test_runs(experiment):
     EXPERIMENTS[experiment][0]()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "like"), [("compare-tofu-mini", None), ("ablations", None), ("compare-smollm2-tofu", "ablations")]
+)
+def test_every_row_of_a_comparison_runs(name, like):
+    rows_of_the_table(name, like=like)
 
 
 ABLATIONS = {

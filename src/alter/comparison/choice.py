@@ -118,7 +118,9 @@ def intervals(records: Sequence[Record], found: Mapping[str, float]) -> dict[str
         found: its `cell_figures`.
     """
     own = {record.metric: record.extra["interval"] for record in records if record.extra.get("interval")}
-    told = {figure_of(name): (float(low), float(high)) for name, (low, high) in own.items() if figure_of(name) in found}
+    told = {
+        figure_of(name): (float(low), float(high)) for name, (low, high) in own.items() if figure_of(name) in found
+    }
     replies = next((record for record in records if record.metric == "forget_rouge"), None)
     for name, values in zip(("forget_said", "forget_unusable"), _judged(replies), strict=True):
         if f"{name}_of" in found and replies is not None:

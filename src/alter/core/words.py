@@ -24,6 +24,31 @@ MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.categ
 """Marks of letters, which `\\w` does not match: the vowels of Devanagari among them."""
 
 
+_BETWEEN = re.compile(r"[\s.,:;!?&'’\"-]+")
+
+
+def without_capitals(text: str) -> str:
+    """Return a text with stretches of words in capitals, two and more, in small letters that begin with a capital each.
+
+    "WHO WAS ADA KING?" becomes "Who Was Ada King?"; one such word alone may be an abbreviation, and stays.
+    """
+    stretches: list[list[re.Match[str]]] = [[]]
+    for word in re.finditer(r"\w+", text):
+        before = stretches[-1]
+        if not word[0].isupper():
+            stretches.append([])
+        elif before and _BETWEEN.fullmatch(text, before[-1].end(), word.start()):
+            before.append(word)
+        else:
+            stretches.append([word])
+    parts, end = [], 0
+    for word in (word for words in stretches if sum(len(w[0]) > 1 for w in words) > 1 for word in words):
+        ending = len(word[0]) == 1 and text[max(word.start() - 1, 0)] in "'’"
+        parts += [text[end : word.start()], word[0].lower() if ending else word[0].capitalize()]
+        end = word.end()
+    return "".join([*parts, text[end:]])
+
+
 def caseless(word: str) -> bool:
     """Tell whether a word begins with a letter that is never written as a capital: Chinese, Arabic, Devanagari, Georgian."""
     return word[:1].isalpha() and word[0].title() == word[0].lower()

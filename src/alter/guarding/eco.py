@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from alter.adapter import base_fingerprint
 from alter.core import Array, UserError, show, warn
@@ -17,7 +18,7 @@ from alter.data.background import background
 from alter.guarding.classifier import fit_classifier, measure, prompt_windows, prompts_of
 from alter.guarding.settings import Eco, MakeGuard
 from alter.inference import context_length, score
-from alter.models import CLASSIFIER, Corrupted, Form, ModelSettings, PromptClassifier
+from alter.models import CLASSIFIER, Corrupted, Form, ModelSettings, PromptClassifier, in_small_letters
 
 START = [10.0**power for power in range(-1, 6)]
 """Strengths that the search looks at first, in units of the embeddings' root mean square."""
@@ -95,9 +96,15 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
         stderr=True,
     )
     unseen = apart_from(background(unseen=True), named)
-    held_out = measure(
-        tokenizer, forget, retain, unseen, limit, lambda asked: fitted.recognised(windows(asked, "measured"))
-    )
+
+    def recognises(asked: Sequence[list[int]]) -> NDArray[np.bool_]:
+        found = fitted.recognised(windows(asked, "measured"))
+        small = {i: changed for i, one in enumerate(asked) if (changed := in_small_letters(tokenizer, one))}
+        if small:
+            found[list(small)] |= fitted.recognised(windows([*small.values()], "in small letters"))
+        return found
+
+    held_out = measure(tokenizer, forget, retain, unseen, limit, recognises)
     tensors = {"weight": torch.from_numpy(fitted.weight).float(), "bias": torch.tensor(fitted.bias)}
     settings: dict[str, Any] = {
         "kind": Corrupted.kind, "depth": depth, "window": how.window, "threshold": fitted.threshold, "dims": how.dims, "seed": run.seed,
@@ -106,6 +113,7 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
     }  # fmt: skip
     if how.strength is None:
         guarded = Corrupted(model, PromptClassifier(tensors["weight"], tensors["bias"], how.window), settings).eval()
+        guarded.tokenizer = tokenizer
         settings["search"] = search(run, how, guarded, tokenizer, forget)
         settings["strength"] = settings["search"]["strength"]
     return settings, {CLASSIFIER: tensors}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from alter.adapter import first_block
-from alter.core import UserError, as_input
+from alter.core import UserError, as_input, without_capitals
 from alter.logits import Depth, states_of
 from alter.models.guards.form import FORM_FILE, Guard, places, read_tensors
 from alter.models.guards.likeness import window_means
@@ -64,10 +64,24 @@ class PromptClassifier:
         return torch.stack([torch.sigmoid((mean @ self.weight.to(mean) + self.bias.to(mean)).max()) for mean in means])
 
 
+def in_small_letters(tokenizer: Any, prompt: list[int]) -> list[int] | None:
+    """Return a prompt with what is in capitals in small letters, as tokens; None where no two words in a row are in capitals.
+
+    In capitals a text falls apart into other tokens, of which a classifier that was fitted with names as they are written
+    recognises half.
+    """
+    text = tokenizer.decode(prompt)
+    small = without_capitals(text)
+    if small == text:
+        return None
+    # not longer than what fits into the context, and a question stands at the end
+    return list(tokenizer(small, add_special_tokens=False)["input_ids"])[-len(prompt) :]
+
+
 class Corrupted(Guard):
     """A model that reads a prompt to be forgotten with noise on its embeddings; other prompts are read as they are.
 
-    If the classifier gives a prompt more than `threshold`, N(0, strength^2) is added to the first `dims` dimensions of the
+    If the classifier gives a prompt more than `threshold`, or what it says in capitals once that is in small letters, N(0, strength^2) is added to the first `dims` dimensions of the
     embeddings of all its tokens but the last. The noise is drawn by the token's place in the row, from `seed`, so that an
     answer depends neither on the batch nor on who asked before (a reading: the authors draw anew).
 
@@ -115,11 +129,27 @@ class Corrupted(Guard):
         mask = torch.ones_like(ids) if mask is None else mask
         lengths = mask.sum(1)
         asked = lengths if prompts is None else torch.tensor(list(prompts), device=ids.device).minimum(lengths)
-        with torch.no_grad():
-            given = {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
-            inside = mask.bool() & (mask.cumsum(1) <= asked[:, None])
-            flagged = self.classifier(states_after(self.base, self.depth, given), inside) > self.settings["threshold"]
+        inside = mask.bool() & (mask.cumsum(1) <= asked[:, None])
+        flagged = self._recognised(ids, mask, inside)
+        if self.tokenizer is not None:
+            small = {
+                i: changed
+                for i, (row, real) in enumerate(zip(ids, inside, strict=True))
+                if not flagged[i] and (changed := in_small_letters(self.tokenizer, row[real].tolist()))
+            }
+            for i, changed in small.items():
+                again = torch.tensor([changed], device=ids.device)
+                flagged[i] = self._recognised(again, torch.ones_like(again), torch.ones_like(again))[0]
         return torch.where(flagged, (asked - 1).clamp(min=0), 0).float()
+
+    @torch.no_grad()
+    def _recognised(self, ids: Tensor, mask: Tensor, inside: Tensor) -> Tensor:
+        """Tell which rows [B] the classifier takes for prompts to forget, by the positions `inside` [B, T]."""
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
+        found: Tensor = (
+            self.classifier(states_after(self.base, self.depth, given), inside) > self.settings["threshold"]
+        )
+        return found
 
     def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None, decision: Tensor | None) -> Any:
         """See `Guard.unlearned`."""
