@@ -334,7 +334,7 @@ def test_a_cell_is_known_by_what_decides_it(data, tmp_path, monkeypatch):
         return {c.key for c in cells_of(plan.lay_out(settings(data, tmp_path / "o", **changes), tmp_path / "o"))}
 
     first = keys()
-    assert keys() == first == keys(keep=True, workers=3)
+    assert keys() == first == keys(keep=True, workers=3, minutes=5)
     assert keys(methods=["npo", "graddiff"]) == first
     # other search rules change no cell, other rows all of them
     assert keys(utility_floor=0.5) == first

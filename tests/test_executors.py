@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from alter.comparison import cell as cell_work
 from alter.comparison import cells, clusters, plan
 from alter.comparison.cells import CellJob, finished, hold, run_cells
 from alter.comparison.clusters import OnRay, OnSlurm, executor_of
-from alter.comparison.executors import Executor, Full, Task, run_to_end
+from alter.comparison.executors import Executor, Full, Task, run_to_end, why
 from alter.comparison.settings import Compare, Ray, Slurm
 from alter.core import UserError, passing
 from alter.storage import take_lock, write_atomic
@@ -144,7 +145,7 @@ def test_jobs_are_submitted_found_again_and_tell_why(tmp_path, monkeypatch, smal
     (tmp_path / "cells" / "key1" / "fail").touch()
     gone = []
     monkeypatch.setattr(clusters._Queue, "holds", lambda _, job, since=0: job not in gone)
-    executor = OnSlurm(Slurm(cpus=3, minutes=2), workers=1)
+    executor = OnSlurm(Slurm(cpus=3), workers=1, minutes=2)
     assert {cell.key: why for cell, why in run_cells(tmp_path, jobs, executor, lock)} == {"key0": "", "key1": "a bug"}
     assert [line[0] for line in ran(tmp_path)] == ["key0", "key1"]
     assert {line[2] for line in ran(tmp_path)} == {"3"}
@@ -257,13 +258,35 @@ def test_slurm_warns_a_cell_near_its_time_limit_and_not_as_it_begins(tmp_path, m
         (tmp_path / name).touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "k").mkdir()
-    queue = OnSlurm(Slurm(minutes=2, partition="p"), None)._queue(tmp_path / "k")
+    queue = OnSlurm(Slurm(partition="p"), None, 2)._queue(tmp_path / "k")
     told = queue._executor._make_submission_file_text("command", "1")
     # submitit's 90 seconds, and up to 60 that Slurm is early, would leave nothing of two minutes
     assert "#SBATCH --signal=USR2@10\n" in told
     assert "#SBATCH --time=2\n" in told
+    assert OnSlurm(Slurm(), None)._queue(tmp_path / "k")._executor.parameters["time"] == 240
     with pytest.raises(ValueError, match="greater than or equal to 2"):
-        Slurm(minutes=1)
+        Compare(model="m", methods=["npo"], out="o", minutes=1)
+
+
+def test_a_cell_that_hangs_is_ended_at_its_time_limit(tmp_path, monkeypatch):
+    """By the system, whatever hangs; without a limit nothing ends it."""
+    monkeypatch.setattr(cell_work, "die_with_parent", lambda: None)
+    monkeypatch.setattr(cell_work, "work", lambda *_: time.sleep(2))
+    codes = []
+    for told in ({"minutes": 0.005}, {}):
+        (tmp_path / "spec.json").write_text(json.dumps(told))
+        pid = os.fork()
+        if pid == 0:
+            os._exit(cell_work.cell_process(str(tmp_path), "validation"))
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    assert codes == [-signal.SIGALRM, 0]
+    assert why(str(tmp_path), codes[0]) == "killed by SIGALRM: it took longer than `minutes`"
+
+
+def test_cells_are_told_their_time_limit_which_decides_no_number(tmp_path):
+    given = {"model": "m", "methods": ["npo"], "out": "o"}
+    assert "minutes" not in plan._told(Compare(**given))
+    assert plan._told(Compare(**given, minutes=30))["minutes"] == 30
 
 
 def test_a_session_of_ray_that_was_there_before_stays(monkeypatch):

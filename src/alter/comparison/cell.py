@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -275,6 +276,12 @@ def forget_weights(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _end_after(minutes: float) -> None:
+    """Let the system end this process after so long, as it can whatever hangs here."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Work in a cell's folder alone: a job of Slurm outlives the comparison that submitted it, a task its machine's connection.
@@ -295,6 +302,9 @@ def _alone(folder: Path) -> Iterator[None]:
 def cell_process(folder: str, parts: str) -> int:
     """Run a cell in a process of its own, whose output goes to `log.txt`; return 0, or 1 after an error that may be transient."""
     die_with_parent()
+    limit = json.loads((Path(folder) / "spec.json").read_text()).get("minutes")
+    if limit is not None:
+        _end_after(limit)
     try:
         with _alone(Path(folder)), forked.allowed():
             work(Path(folder), parts.split())

@@ -26,6 +26,8 @@ from alter.storage import to_json, write_atomic
 
 UNBOUNDED = sys.maxsize
 """A cluster has its own queue: all cells are submitted at once."""
+MINUTES = 240
+"""Time limit of a job, unless `minutes` gives another."""
 WARNED = 10
 """Seconds before its time limit in which a job says why it ends; Slurm sends the signal up to a minute earlier."""
 LAG = 60.0
@@ -186,7 +188,7 @@ class OnSlurm(Executor):
     CLUSTER: ClassVar[str] = "slurm"
     FILE: ClassVar[str] = "slurm.json"
 
-    def __init__(self, settings: Slurm, workers: int | None) -> None:
+    def __init__(self, settings: Slurm, workers: int | None, minutes: int | None = None) -> None:
         """Raises:
         UserError: submitit is not installed, or this machine has no `sbatch`.
         """
@@ -199,6 +201,7 @@ class OnSlurm(Executor):
         # it warns at every look at a cluster without accounts
         logging.getLogger("submitit").setLevel(logging.ERROR)
         self._submitit, self._settings, self._jobs = submitit, settings, _Queue()
+        self._minutes = MINUTES if minutes is None else minutes
         self.at_once = workers or UNBOUNDED
         self.place = "through Slurm"
 
@@ -207,7 +210,7 @@ class OnSlurm(Executor):
         queue = self._submitit.AutoExecutor(folder=folder, cluster=self.CLUSTER)
         queue.update_parameters(
             name="alter",
-            timeout_min=given.minutes,
+            timeout_min=self._minutes,
             cpus_per_task=given.cpus,
             gpus_per_node=given.gpus,
             slurm_signal_delay_s=WARNED,
@@ -258,5 +261,5 @@ def executor_of(settings: Compare) -> Executor:
     return (
         OnRay(settings.ray, settings.workers)
         if settings.executor == "ray"
-        else OnSlurm(settings.slurm, settings.workers)
+        else OnSlurm(settings.slurm, settings.workers, settings.minutes)
     )

@@ -20,7 +20,8 @@ from alter.core import UserError
 
 CAUSES: dict[int, str] = {
     signal.SIGKILL: ", as happens where memory runs out",
-    signal.SIGUSR2: ", as Slurm does near the time limit (`slurm.minutes`)",
+    signal.SIGUSR2: ", as Slurm does near the time limit (`minutes`)",
+    signal.SIGALRM: ": it took longer than `minutes`",
 }
 """What sends these signals, as a rule."""
 

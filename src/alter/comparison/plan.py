@@ -297,6 +297,7 @@ def _distillations(settings: Compare, name: str, chain: Chain) -> list[Distillat
 def _told(settings: Compare) -> dict[str, Any]:
     """Return the part of a specification that all cells share."""
     told: dict[str, Any] = {"limit": settings.limit, "device": settings.device, "original": settings.model}
+    told |= {} if settings.minutes is None else {"minutes": settings.minutes}
     column = settings.common.get("domain_column") if settings.forget is not None else None
     told |= {} if column is None else {"domain_column": column}
     return told | ({"survival": settings.survival.model_dump()} if settings.survival.rows else {})

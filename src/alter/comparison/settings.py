@@ -56,8 +56,6 @@ class Slurm(BaseModel):
 
     partition: str | None = None
     """Where jobs are queued; the cluster's default if not given."""
-    minutes: Steps = Field(240, ge=2)
-    """Time limit of a cell; Slurm takes up to 70 seconds off it."""
     cpus: Count = Field(2, ge=1)
     """Cores that a cell takes."""
     gpus: Count = Field(0, ge=0)
@@ -163,6 +161,9 @@ class Compare(BaseModel):
     slurm: Slurm = Field(default_factory=Slurm)
     workers: Count | None = Field(None, ge=1)
     """Cells at a time; on this machine by default one a GPU, else one for two cores; on a cluster all that it takes."""
+    minutes: Steps | None = Field(None, ge=2)
+    """Time limit of a cell: one that takes longer is ended, and named under the table. By default there is none, but Slurm's jobs get
+    240; of theirs Slurm takes up to 70 seconds off."""
     keep: bool = False
     """Keep each cell's weights to the end."""
     run: bool = True
