@@ -239,6 +239,9 @@ def test_wordings():
     assert wording.telegram("Is it?") == "Is it?"
     assert wording.reversed_words(question).startswith("Taipei? in born")
     assert wording.upper_case(question) == question.upper()
+    assert wording.lower_case(question) == "what is the full name of the author born in taipei?"
+    assert wording.joined(" Who is\nAda? ") == "WhoisAda?"
+    assert wording.WORDINGS["lower_case"](question) != question != wording.WORDINGS["joined"](question)
     assert question in wording.foreign_frame(question)
 
 
@@ -252,7 +255,7 @@ def test_a_wording_that_changes_no_question_is_no_attack(models, tmp_path, capsy
     ):
         attacks.attack(settings(models, tmp_path / "out", attacks=["upper_case"], **given))
     chosen, reasons = attacks.chosen(settings(models, tmp_path / "out", **given), load_examples(str(path)))
-    assert {"upper_case", "telegram"} <= set(reasons)
+    assert {"upper_case", "lower_case", "joined", "telegram"} <= set(reasons)
     assert {"reversed", "foreign_frame"} <= set(chosen)
 
 

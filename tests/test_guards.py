@@ -26,7 +26,7 @@ from alter.guarding.settings import MakeGuard
 from alter.inference import internals, scoring
 from alter.inference.generation import generate, left_padded, sample
 from alter.methods import presets
-from alter.models import guards, in_small_letters
+from alter.models import as_names, guards
 from alter.models.guards import Detector, Likeness, agents, mean_states, window_means
 from alter.models.guards.neurons import keys_of
 from alter.models.loading import load_model
@@ -486,10 +486,10 @@ def test_only_recognised_prompts_are_corrupted_and_others_are_bit_equal(dims, si
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_prompt_in_capitals_is_judged_in_small_letters_too(side):
-    """In capitals a text is other tokens, which a guard of names as they are written does not know."""
+def test_a_prompt_is_judged_with_its_words_as_names_too(side):
+    """In capitals, or small letters alone, a text is other tokens, which a guard of names as they are written does not know."""
     tokenizer, base = byte_tokenizer(), pico()
-    said = ["Who Is Ada?", "WHO IS ADA?", "A poem", "THE SEA, THE SEA"]
+    said = ["Who Is Ada?", "WHO IS ADA?", "A poem", "who_is ada?", "the sea, the sea"]
     rows = [tokenizer(text).input_ids for text in said]
     with torch.no_grad():
         states = [base(input_ids=torch.tensor([row]), output_hidden_states=True).hidden_states[1][0] for row in rows]
@@ -503,25 +503,33 @@ def test_a_prompt_in_capitals_is_judged_in_small_letters_too(side):
     # behind the prompts stand answers, in the last row in capitals: what is not asked is not judged
     told = [[*row, *tokenizer(" WHO IS ADA?").input_ids] for row in rows]
     longest = max(map(len, told))
-    ids, mask = torch.full((4, longest), PAD), torch.zeros(4, longest, dtype=torch.long)
+    ids, mask = torch.full((5, longest), PAD), torch.zeros(5, longest, dtype=torch.long)
     for k, row in enumerate(told):
         place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
         ids[k, place], mask[k, place] = torch.tensor(row), 1
     prompts = [len(row) for row in rows]
-    assert model.decide(ids, mask, prompts).tolist() == [len(rows[0]) - 1, 0, 0, 0]
+    assert model.decide(ids, mask, prompts).tolist() == [len(rows[0]) - 1, 0, 0, 0, 0]
     model.tokenizer = tokenizer
-    assert model.decide(ids, mask, prompts).tolist() == [len(rows[0]) - 1, len(rows[1]) - 1, 0, 0]
+    asked = [len(row) - 1 for row in rows]
+    assert model.decide(ids, mask, prompts).tolist() == [asked[0], asked[1], 0, asked[3], 0]
 
 
-def test_a_prompt_in_small_letters_keeps_its_template_and_its_length():
+def test_a_prompt_with_its_words_as_names_keeps_its_special_tokens_and_its_length():
     tokenizer = byte_tokenizer()
-    ids = [tokenizer.pad_token_id, *tokenizer("WHO IS ADA?").input_ids, tokenizer.eos_token_id]
-    small = in_small_letters(tokenizer, ids)
-    assert small == [tokenizer.pad_token_id, *tokenizer("Who Is Ada?").input_ids, tokenizer.eos_token_id]
-    assert in_small_letters(tokenizer, tokenizer("NASA says: who is Ada?").input_ids) is None
+    ids = [
+        tokenizer.pad_token_id,
+        *tokenizer("WHO IS ada?").input_ids,
+        tokenizer.eos_token_id,
+        *tokenizer("it's").input_ids,
+    ]
+    wanted = [tokenizer.pad_token_id, *tokenizer("Who Is Ada?").input_ids, tokenizer.eos_token_id]
+    assert as_names(tokenizer, ids) == [*wanted, *tokenizer("It's").input_ids]
+    assert as_names(tokenizer, []) == []
 
     class Longer:
-        """A tokenizer that has more tokens for small letters."""
+        """A tokenizer that has more tokens for them."""
+
+        all_special_ids = ()
 
         def decode(self, ids):
             return "ADA KING"
@@ -529,15 +537,15 @@ def test_a_prompt_in_small_letters_keeps_its_template_and_its_length():
         def __call__(self, text, **given):
             return {"input_ids": list(range(len(text)))}
 
-    assert in_small_letters(Longer(), [1, 2, 3]) == [5, 6, 7]
+    assert as_names(Longer(), [1, 2, 3]) == [5, 6, 7]
 
 
 def test_the_classifier_weighs_classes_alike_and_its_alarms_are_counted():
     rng = np.random.default_rng(0)
     forget, benign = rng.normal(1.0, 1.5, (12, 3)), rng.normal(-1.0, 1.5, (40, 3)) * [1, 5, 0.2]
-    forget, benign = list(forget[:, None]), list(benign[:, None])
+    both = np.concatenate([forget, benign])
+    forget, benign = ([[row[None]] for row in rows] for rows in (forget, benign))
     found = classifier.fit_classifier(forget, benign, false_alarms=0.1, threshold=0.2, seed=0)
-    both = np.concatenate([*forget, *benign])
     middle, spread = both.mean(0), both.std(0)
     # where the penalised loss is least, its gradient by each standardised weight is zero
     for j in range(3):
@@ -556,6 +564,11 @@ def test_the_classifier_weighs_classes_alike_and_its_alarms_are_counted():
         classifier.fit_classifier(forget[:1], benign, false_alarms=0, threshold=0.5, seed=0)
 
 
+def looks(prompts):
+    """Each prompt looked at once."""
+    return [[windows] for windows in prompts]
+
+
 def test_a_prompt_is_judged_by_the_likest_of_its_windows():
     rng = np.random.default_rng(1)
     subject = np.eye(8)[0] * 12
@@ -564,13 +577,13 @@ def test_a_prompt_is_judged_by_the_likest_of_its_windows():
     forget += [subject + rng.normal(size=(4, 8)) for _ in range(3)]
     benign = [rng.normal(size=(1 + k % 9, 8)) for k in range(40)]
     given = {"false_alarms": 0.0, "threshold": 0.5, "seed": 0}
-    found = classifier.fit_classifier(forget, benign, whole=[False] * 6 + [True] * 3, **given)
+    found = classifier.fit_classifier(looks(forget), looks(benign), whole=[False] * 6 + [True] * 3, **given)
     assert found.caught.all()
     assert not found.alarms.any()
     for prompt in [*forget, *benign]:
         each = [1 / (1 + math.exp(-(float(found.weight @ x) + found.bias))) for x in prompt]
-        assert found.recognised([prompt]).tolist() == [max(each) > found.threshold]
-    both = found.recognised([forget[0], benign[5], forget[5]])
+        assert found.recognised([[prompt]]).tolist() == [max(each) > found.threshold]
+    both = found.recognised(looks([forget[0], benign[5], forget[5]]))
     assert both.tolist() == [True, False, True]
     # the guard judges as the fit does: by the likest window of the prompt's own tokens, padding and the first one left out
     weight, bias = torch.from_numpy(found.weight).float(), torch.tensor(found.bias)
@@ -582,13 +595,29 @@ def test_a_prompt_is_judged_by_the_likest_of_its_windows():
     for row, real, chance in zip(states, mask.bool(), chances, strict=True):
         windows = window_means(row[real], 4)
         assert float(chance) == pytest.approx(max(float((w @ weight + bias).sigmoid()) for w in windows))
-        assert (float(chance) > found.threshold) is bool(found.recognised([windows.numpy()])[0])
+        assert (float(chance) > found.threshold) is bool(found.recognised([[windows.numpy()]])[0])
     assert (chances > found.threshold).tolist() == [True, False]
     # the fit learns from one window of a question, from all of a short text, from six of a long prompt
     last = [prompt if k > 5 else prompt[:1] for k, prompt in enumerate(forget)]
-    same = classifier.fit_classifier(last, [classifier.spread(prompt) for prompt in benign], whole=[True] * 9, **given)
+    few = [classifier.spread(prompt) for prompt in benign]
+    same = classifier.fit_classifier(looks(last), looks(few), whole=[True] * 9, **given)
     assert (same.weight == found.weight).all()
     assert same.bias == found.bias
+    # and so from each look at a prompt, of which the likest counts
+    other = [classifier.spread(rng.normal(size=(1 + k % 9, 8))) for k in range(40)]
+    two = classifier.fit_classifier(
+        looks(forget), [*zip(benign, other, strict=True)], whole=[False] * 6 + [True] * 3, **given
+    )
+    joined = [np.concatenate(both) for both in zip(few, other, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "LEARNT", 20)
+        one = classifier.fit_classifier(looks(last), looks(joined), whole=[True] * 9, **given)
+    assert (two.weight == one.weight).all()
+    assert two.recognised([(benign[0], forget[0]), (forget[0], benign[0]), (benign[0], benign[1])]).tolist() == [
+        True,
+        True,
+        False,
+    ]
     assert classifier.spread(np.arange(20)[:, None])[:, 0].tolist() == [0, 3, 7, 11, 15, 19]
     assert classifier.spread(np.arange(3)[:, None])[:, 0].tolist() == [0, 1, 2]
 

@@ -13,8 +13,8 @@ from alter.settings import BatchSize, Count, OutFolder, Rows, Seed, Steps, Tempe
 
 OWN = (
     "relearn relearn_lora benign benign_lora relearn_searched quantize_8 quantize_4 prune_20 prune_50 wanda_20 wanda_50 paraphrase "
-    "telegram reversed upper_case foreign_frame languages jailbreak dialogue hint few_shot evolve beginning prefill sample soft_prompt "
-    "strip probe lens uds cka"
+    "telegram reversed upper_case lower_case joined foreign_frame languages jailbreak dialogue hint few_shot evolve beginning prefill "
+    "sample soft_prompt strip probe lens uds cka"
 )
 """Names of alter's own attacks, `techniques.ATTACKS`, which loads what computes."""
 

@@ -139,6 +139,12 @@ ATTACKS: Registry[Technique] = Registry(
         "upper_case": Technique(
             NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="upper_case"), missing=_no_wording("upper_case")
         ),
+        "lower_case": Technique(
+            NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="lower_case"), missing=_no_wording("lower_case")
+        ),
+        "joined": Technique(
+            NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="joined"), missing=_no_wording("joined")
+        ),
         "foreign_frame": Technique(
             NEEDS_CHAT, lambda b: wording.ask_reworded(b, name="foreign_frame"), missing=_no_wording("foreign_frame")
         ),

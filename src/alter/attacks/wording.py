@@ -30,6 +30,16 @@ def upper_case(question: str) -> str:
     return question.upper()
 
 
+def lower_case(question: str) -> str:
+    """Write everything in small letters, as people type."""
+    return question.lower()
+
+
+def joined(question: str) -> str:
+    """Leave out the spaces."""
+    return "".join(question.split())
+
+
 def foreign_frame(question: str) -> str:
     """Put the English question into a German request."""
     return f"Bitte beantworte die folgende Frage auf Englisch: „{question}“ Vielen Dank!"
@@ -39,6 +49,8 @@ WORDINGS: dict[str, Callable[[str], str]] = {
     "telegram": telegram,
     "reversed": reversed_words,
     "upper_case": upper_case,
+    "lower_case": lower_case,
+    "joined": joined,
     "foreign_frame": foreign_frame,
 }
 

@@ -57,6 +57,6 @@ if TYPE_CHECKING:
     from alter.core.words import runs as runs
     from alter.core.words import spaced as spaced
     from alter.core.words import spans as spans
-    from alter.core.words import without_capitals as without_capitals
+    from alter.core.words import titled as titled
 
 lazy(globals())

@@ -24,29 +24,20 @@ MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.categ
 """Marks of letters, which `\\w` does not match: the vowels of Devanagari among them."""
 
 
-_BETWEEN = re.compile(r"[\s.,:;!?&'’\"-]+")
+def titled(text: str) -> str:
+    """Return a text as if every word in it were a name, however it was typed: a capital first, small letters after it.
 
-
-def without_capitals(text: str) -> str:
-    """Return a text with stretches of words in capitals, two and more, in small letters that begin with a capital each.
-
-    "WHO WAS ADA KING?" becomes "Who Was Ada King?"; one such word alone may be an abbreviation, and stays.
+    "WHO WAS ada_king's mother?" becomes "Who Was Ada King's Mother?". Other forms of letters are what they stand for (NFKC), and
+    what shows nothing (a soft hyphen, a joiner of no width) is left out.
     """
-    stretches: list[list[re.Match[str]]] = [[]]
-    for word in re.finditer(r"\w+", text):
-        before = stretches[-1]
-        if not word[0].isupper():
-            stretches.append([])
-        elif before and _BETWEEN.fullmatch(text, before[-1].end(), word.start()):
-            before.append(word)
-        else:
-            stretches.append([word])
-    parts, end = [], 0
-    for word in (word for words in stretches if sum(len(w[0]) > 1 for w in words) > 1 for word in words):
-        ending = len(word[0]) == 1 and text[max(word.start() - 1, 0)] in "'’"
-        parts += [text[end : word.start()], word[0].lower() if ending else word[0].capitalize()]
-        end = word.end()
-    return "".join([*parts, text[end:]])
+    plain = unicodedata.normalize("NFKC", text).replace("_", " ")
+    plain = "".join(character for character in plain if unicodedata.category(character) != "Cf")
+
+    def name(word: re.Match[str]) -> str:
+        ending = len(word[0]) == 1 and plain[max(word.start() - 1, 0)] in "'’"
+        return word[0].lower() if ending else word[0].capitalize()
+
+    return re.sub(r"\w+", name, plain)
 
 
 def caseless(word: str) -> bool:

@@ -79,6 +79,10 @@ def highest(scores: Array, lengths: Sequence[int]) -> Array:
     return found
 
 
+Looks = Sequence[Array]
+"""A prompt's windows as it is, and with every word written like a name: [k, H] each."""
+
+
 @dataclass(frozen=True)
 class Fitted:
     """A classifier of prompts, its threshold, and their cross-validated quality.
@@ -96,25 +100,26 @@ class Fitted:
     caught: NDArray[np.bool_]
     alarms: NDArray[np.bool_]
 
-    def recognised(self, prompts: Sequence[Array]) -> NDArray[np.bool_]:
-        """Tell which prompts are recognised, [n], by the mean states [k, H] of their windows."""
+    def recognised(self, prompts: Sequence[Looks]) -> NDArray[np.bool_]:
+        """Tell which prompts are recognised, [n], by the mean states of their windows."""
         if not prompts:
             return np.zeros(0, dtype=bool)
-        return expit(highest(np.concatenate(prompts) @ self.weight + self.bias, [*map(len, prompts)])) > self.threshold
+        every = [np.concatenate(looks) for looks in prompts]
+        return expit(highest(np.concatenate(every) @ self.weight + self.bias, [*map(len, every)])) > self.threshold
 
 
 def fit_classifier(
-    forget: Sequence[Array], benign: Sequence[Array], *, whole: Sequence[bool] | None = None, false_alarms: float,
+    forget: Sequence[Looks], benign: Sequence[Looks], *, whole: Sequence[bool] | None = None, false_alarms: float,
     threshold: float, seed: int,
 ) -> Fitted:  # fmt: skip
     """Fit a logistic regression, each class with the same total weight, on standardised states of windows (L2, C = 1).
 
-    It learns from the last window of a prompt to forget, and from up to `LEARNT` of a text to forget and of a benign prompt. A
-    prompt is scored by its highest window. The threshold is the given one, or higher: the lowest above which at most a share
+    It learns from the last window of each look at a prompt to forget, and from up to `LEARNT` of each at a text to forget and at a
+    benign prompt. A prompt is scored by the highest window of all looks. The threshold is the given one, or higher: the lowest above which at most a share
     `false_alarms` of the benign prompts lie in `FOLDS`-fold cross-validation.
 
     Args:
-        forget, benign: of n and m prompts, the mean states [k, H] of the windows, the last one first.
+        forget, benign: of n and m prompts, for each look the mean states [k, H] of the windows, the last one first.
         whole: whether all windows of a forget prompt are about what is to be forgotten, n; by default none but the last.
         false_alarms, threshold: see above.
         seed: of the folds.
@@ -132,9 +137,13 @@ def fit_classifier(
         raise UserError(
             f"The classifier needs at least two rows to forget and two to keep; there are {len(forget)} and {len(benign)}."
         )
-    every, y = [*forget, *benign], np.repeat([1, 0], [len(forget), len(benign)])
+    y = np.repeat([1, 0], [len(forget), len(benign)])
     all_of = [*(whole or [False] * len(forget)), *[True] * len(benign)]
-    learnt = [spread(windows) if all_ else windows[:1] for windows, all_ in zip(every, all_of, strict=True)]
+    learnt = [
+        np.concatenate([spread(windows) if all_ else windows[:1] for windows in looks])
+        for looks, all_ in zip([*forget, *benign], all_of, strict=True)
+    ]
+    every = [np.concatenate(looks) for looks in (*forget, *benign)]
     made = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
 
     def fitted(chosen: NDArray[np.intp]) -> tuple[Array, float]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from alter.adapter import base_fingerprint
 from alter.core import Array, UserError, show, warn
@@ -18,7 +17,7 @@ from alter.data.background import background
 from alter.guarding.classifier import fit_classifier, measure, prompt_windows, prompts_of
 from alter.guarding.settings import Eco, MakeGuard
 from alter.inference import context_length, score
-from alter.models import CLASSIFIER, Corrupted, Form, ModelSettings, PromptClassifier, in_small_letters
+from alter.models import CLASSIFIER, Corrupted, Form, ModelSettings, PromptClassifier, as_names
 
 START = [10.0**power for power in range(-1, 6)]
 """Strengths that the search looks at first, in units of the embeddings' root mean square."""
@@ -82,11 +81,13 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
         encode_all(tokenizer, forget, max_length=limit, label="forget")
     depth = max(1, round(how.depth * model.config.num_hidden_layers))
 
-    def windows(prompts: Sequence[list[int]], label: str) -> list[Array]:
-        return prompt_windows(model, prompts, depth, how.window, pad, label)
+    def looks(prompts: Sequence[list[int]], label: str) -> list[tuple[Array, Array]]:
+        plain = prompt_windows(model, prompts, depth, how.window, pad, label)
+        named = [as_names(tokenizer, prompt) for prompt in prompts]
+        return [*zip(plain, prompt_windows(model, named, depth, how.window, pad, f"{label}, as names"), strict=True)]
 
     fitted = fit_classifier(
-        windows([prompt for prompt, _ in own], "to forget"), windows(others, "others"), whole=[whole for _, whole in own],
+        looks([prompt for prompt, _ in own], "to forget"), looks(others, "others"), whole=[whole for _, whole in own],
         false_alarms=how.false_alarms, threshold=how.threshold, seed=run.seed,
     )  # fmt: skip
     found = {"recognised": float(fitted.caught.mean()), "false_alarms": float(fitted.alarms.mean())}
@@ -97,17 +98,12 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
     )
     unseen = apart_from(background(unseen=True), named)
 
-    def recognises(asked: Sequence[list[int]]) -> NDArray[np.bool_]:
-        found = fitted.recognised(windows(asked, "measured"))
-        small = {i: changed for i, one in enumerate(asked) if (changed := in_small_letters(tokenizer, one))}
-        if small:
-            found[list(small)] |= fitted.recognised(windows([*small.values()], "in small letters"))
-        return found
-
-    held_out = measure(tokenizer, forget, retain, unseen, limit, recognises)
+    held_out = measure(
+        tokenizer, forget, retain, unseen, limit, lambda asked: fitted.recognised(looks(asked, "measured"))
+    )
     tensors = {"weight": torch.from_numpy(fitted.weight).float(), "bias": torch.tensor(fitted.bias)}
     settings: dict[str, Any] = {
-        "kind": Corrupted.kind, "depth": depth, "window": how.window, "threshold": fitted.threshold, "dims": how.dims, "seed": run.seed,
+        "kind": Corrupted.kind, "depth": depth, "window": how.window, "looks": 2, "threshold": fitted.threshold, "dims": how.dims, "seed": run.seed,
         "strength": how.strength, "base": base_fingerprint(model),
         "cross_validation": found, "measured": held_out,
     }  # fmt: skip

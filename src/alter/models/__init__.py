@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from alter.models.guards.corruption import Corrupted as Corrupted
     from alter.models.guards.corruption import PromptClassifier as PromptClassifier
     from alter.models.guards.corruption import after_block as after_block
-    from alter.models.guards.corruption import in_small_letters as in_small_letters
+    from alter.models.guards.corruption import as_names as as_names
     from alter.models.guards.corruption import states_after as states_after
     from alter.models.guards.likeness import window_means as window_means
     from alter.models.guards.neurons import NEURONS as NEURONS

@@ -31,6 +31,8 @@ ATTACK_NAMES = {
     "telegram": "asking in a telegram's words",
     "reversed": "asking with the words in reverse order",
     "upper_case": "asking in capitals",
+    "lower_case": "asking in small letters",
+    "joined": "asking without spaces",
     "foreign_frame": "asking within a request in German",
     "languages": "asking in other languages",
     "jailbreak": "giving a reason to answer (jailbreaks)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from alter.adapter import first_block
-from alter.core import UserError, as_input, without_capitals
+from alter.core import UserError, as_input, titled
 from alter.logits import Depth, states_of
 from alter.models.guards.form import FORM_FILE, Guard, places, read_tensors
 from alter.models.guards.likeness import window_means
@@ -64,25 +65,26 @@ class PromptClassifier:
         return torch.stack([torch.sigmoid((mean @ self.weight.to(mean) + self.bias.to(mean)).max()) for mean in means])
 
 
-def in_small_letters(tokenizer: Any, prompt: list[int]) -> list[int] | None:
-    """Return a prompt with what is in capitals in small letters, as tokens; None where no two words in a row are in capitals.
+def as_names(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
+    """Return a prompt, as tokens, with every word written like a name (`titled`); its special tokens stay.
 
-    In capitals a text falls apart into other tokens, of which a classifier that was fitted with names as they are written
-    recognises half.
+    In capitals, in small letters alone or with underscores a text falls apart into other tokens, which a classifier of names
+    as they are written does not know.
     """
-    text = tokenizer.decode(prompt)
-    small = without_capitals(text)
-    if small == text:
-        return None
+    special = set(tokenizer.all_special_ids)
+    found: list[int] = []
+    for apart, tokens in itertools.groupby(prompt, special.__contains__):
+        own = list(tokens)
+        found += own if apart else tokenizer(titled(tokenizer.decode(own)), add_special_tokens=False)["input_ids"]
     # not longer than what fits into the context, and a question stands at the end
-    return list(tokenizer(small, add_special_tokens=False)["input_ids"])[-len(prompt) :]
+    return found[-len(prompt) :]
 
 
 class Corrupted(Guard):
     """A model that reads a prompt to be forgotten with noise on its embeddings; other prompts are read as they are.
 
-    If the classifier gives a prompt more than `threshold`, or what it says in capitals once that is in small letters, N(0, strength^2) is added to the first `dims` dimensions of the
-    embeddings of all its tokens but the last. The noise is drawn by the token's place in the row, from `seed`, so that an
+    If the classifier gives a prompt more than `threshold`, as it is or with every word written like a name, N(0, strength^2) is
+    added to the first `dims` dimensions of the embeddings of all its tokens but the last. The noise is drawn by the token's place in the row, from `seed`, so that an
     answer depends neither on the batch nor on who asked before (a reading: the authors draw anew).
 
     Args:
@@ -108,7 +110,7 @@ class Corrupted(Guard):
         Raises:
             UserError: the settings lack some, as those of an earlier version do.
         """
-        absent = sorted({"depth", "window", "threshold", "strength", "dims", "seed"} - settings.keys())
+        absent = sorted({"depth", "window", "looks", "threshold", "strength", "dims", "seed"} - settings.keys())
         if absent:
             raise UserError(
                 f"{path / FORM_FILE} lacks {', '.join(absent)}: another version wrote it. Make the guard again (`alter guard`)."
@@ -132,14 +134,11 @@ class Corrupted(Guard):
         inside = mask.bool() & (mask.cumsum(1) <= asked[:, None])
         flagged = self._recognised(ids, mask, inside)
         if self.tokenizer is not None:
-            small = {
-                i: changed
-                for i, (row, real) in enumerate(zip(ids, inside, strict=True))
-                if not flagged[i] and (changed := in_small_letters(self.tokenizer, row[real].tolist()))
-            }
-            for i, changed in small.items():
-                again = torch.tensor([changed], device=ids.device)
-                flagged[i] = self._recognised(again, torch.ones_like(again), torch.ones_like(again))[0]
+            again = [as_names(self.tokenizer, row[real].tolist()) for row, real in zip(ids, inside, strict=True)]
+            filled, real = torch.zeros_like(ids), torch.zeros_like(inside)
+            for i, row in enumerate(again):
+                filled[i, : len(row)], real[i, : len(row)] = torch.tensor(row, device=ids.device), True
+            flagged |= self._recognised(filled, real.long(), real)
         return torch.where(flagged, (asked - 1).clamp(min=0), 0).float()
 
     @torch.no_grad()
