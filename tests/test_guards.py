@@ -501,7 +501,7 @@ def test_a_prompt_is_judged_with_its_words_as_names_too(side):
     settings = {"depth": 1, "threshold": 0.5, "strength": 3.0, "dims": 1, "seed": 5}
     model = guards.Corrupted(base, guards.PromptClassifier(weight, bias, 64), settings).eval()
     # behind the prompts stand answers, in the last row in capitals: what is not asked is not judged
-    told = [[*row, *tokenizer(" WHO IS ADA?").input_ids] for row in rows]
+    told = [[*row, *tokenizer(" WHO IS ADA?" * 8).input_ids] for row in rows]
     longest = max(map(len, told))
     ids, mask = torch.full((5, longest), PAD), torch.zeros(5, longest, dtype=torch.long)
     for k, row in enumerate(told):
@@ -613,6 +613,9 @@ def test_a_prompt_is_judged_by_the_likest_of_its_windows():
         patch.setattr(classifier, "LEARNT", 20)
         one = classifier.fit_classifier(looks(last), looks(joined), whole=[True] * 9, **given)
     assert (two.weight == one.weight).all()
+    # in cross-validation too
+    seen = [(rng.normal(size=(1, 8)), windows) for windows in forget]
+    assert classifier.fit_classifier(seen, looks(benign), **given).caught.all()
     assert two.recognised([(benign[0], forget[0]), (forget[0], benign[0]), (benign[0], benign[1])]).tolist() == [
         True,
         True,
