@@ -469,7 +469,7 @@ def test_only_recognised_prompts_are_corrupted_and_others_are_bit_equal(dims, si
     given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     with torch.no_grad():
         plain = base(**given).logits
-        model = guards.Corrupted(base, guards.PromptClassifier(weight, bias, 8), settings).eval()
+        model = guards.Corrupted(base, guards.PromptClassifier(weight[None], bias[None], 8), settings).eval()
         decision = model.decide(ids, mask, prompts)
         found = model(**given, decision=decision).logits
         with model.disable_adapter():
@@ -499,7 +499,9 @@ def test_a_prompt_is_judged_with_its_words_as_names_too(side):
     scores = [float(mean @ weight) for mean in means]
     bias = torch.tensor(-(scores[0] + max(scores[1:])) / 2)
     settings = {"depth": 1, "threshold": 0.5, "strength": 3.0, "dims": 1, "seed": 5}
-    model = guards.Corrupted(base, guards.PromptClassifier(weight, bias, 64), settings).eval()
+    # each look has weights of its own: of a prompt as it is the first's, with its words as names the second's, here twice as steep
+    both = guards.PromptClassifier(torch.stack([weight, 2 * weight]), torch.stack([bias, 2 * bias]), 64)
+    model = guards.Corrupted(base, both, settings).eval()
     # behind the prompts stand answers, in the last row in capitals: what is not asked is not judged
     told = [[*row, *tokenizer(" WHO IS ADA?" * 8).input_ids] for row in rows]
     longest = max(map(len, told))
@@ -512,6 +514,8 @@ def test_a_prompt_is_judged_with_its_words_as_names_too(side):
     model.tokenizer = tokenizer
     asked = [len(row) - 1 for row in rows]
     assert model.decide(ids, mask, prompts).tolist() == [asked[0], asked[1], 0, asked[3], 0]
+    model.classifier = guards.PromptClassifier(torch.stack([weight, 0 * weight]), torch.stack([bias, bias - 99]), 64)
+    assert model.decide(ids, mask, prompts).tolist() == [asked[0], 0, 0, 0, 0]
 
 
 def test_a_prompt_with_its_words_as_names_keeps_its_special_tokens_and_its_length():
@@ -549,9 +553,9 @@ def test_the_classifier_weighs_classes_alike_and_its_alarms_are_counted():
     middle, spread = both.mean(0), both.std(0)
     # where the penalised loss is least, its gradient by each standardised weight is zero
     for j in range(3):
-        total = found.weight[j] * spread[j]
+        total = found.weight[0, j] * spread[j]
         for i, x in enumerate(both):
-            p = 1 / (1 + math.exp(-(float(found.weight @ x) + found.bias)))
+            p = 1 / (1 + math.exp(-(float(found.weight[0] @ x) + float(found.bias[0]))))
             label, size = (1, 12) if i < 12 else (0, 40)
             total += 52 / (2 * size) * (p - label) * (x[j] - middle[j]) / spread[j]
         assert total == pytest.approx(0, abs=2e-2)
@@ -581,12 +585,12 @@ def test_a_prompt_is_judged_by_the_likest_of_its_windows():
     assert found.caught.all()
     assert not found.alarms.any()
     for prompt in [*forget, *benign]:
-        each = [1 / (1 + math.exp(-(float(found.weight @ x) + found.bias))) for x in prompt]
+        each = [1 / (1 + math.exp(-(float(found.weight[0] @ x) + float(found.bias[0])))) for x in prompt]
         assert found.recognised([[prompt]]).tolist() == [max(each) > found.threshold]
     both = found.recognised(looks([forget[0], benign[5], forget[5]]))
     assert both.tolist() == [True, False, True]
     # the guard judges as the fit does: by the likest window of the prompt's own tokens, padding and the first one left out
-    weight, bias = torch.from_numpy(found.weight).float(), torch.tensor(found.bias)
+    weight, bias = (torch.from_numpy(each).float() for each in (found.weight, found.bias))
     states = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(3))
     states[:, 12:16] += torch.from_numpy(subject).float()
     mask = torch.ones(2, 30, dtype=torch.long)
@@ -594,7 +598,7 @@ def test_a_prompt_is_judged_by_the_likest_of_its_windows():
     chances = guards.PromptClassifier(weight, bias, 4)(states, mask)
     for row, real, chance in zip(states, mask.bool(), chances, strict=True):
         windows = window_means(row[real], 4)
-        assert float(chance) == pytest.approx(max(float((w @ weight + bias).sigmoid()) for w in windows))
+        assert float(chance) == pytest.approx(max(float((w @ weight[0] + bias[0]).sigmoid()) for w in windows))
         assert (float(chance) > found.threshold) is bool(found.recognised([[windows.numpy()]])[0])
     assert (chances > found.threshold).tolist() == [True, False]
     # the fit learns from one window of a question, from all of a short text, from six of a long prompt
@@ -603,24 +607,27 @@ def test_a_prompt_is_judged_by_the_likest_of_its_windows():
     same = classifier.fit_classifier(looks(last), looks(few), whole=[True] * 9, **given)
     assert (same.weight == found.weight).all()
     assert same.bias == found.bias
-    # and so from each look at a prompt, of which the likest counts
-    other = [classifier.spread(rng.normal(size=(1 + k % 9, 8))) for k in range(40)]
+    # each look has a regression of its own, and the likest window of all counts, in cross-validation too
+    other = [rng.normal(size=(1 + k % 9, 8)) for k in range(49)]
+    whole = [False] * 6 + [True] * 3
     two = classifier.fit_classifier(
-        looks(forget), [*zip(benign, other, strict=True)], whole=[False] * 6 + [True] * 3, **given
+        [*zip(forget, other[40:], strict=True)], [*zip(benign, other[:40], strict=True)], whole=whole, **given
     )
-    joined = [np.concatenate(both) for both in zip(few, other, strict=True)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "LEARNT", 20)
-        one = classifier.fit_classifier(looks(last), looks(joined), whole=[True] * 9, **given)
-    assert (two.weight == one.weight).all()
-    # in cross-validation too
-    seen = [(rng.normal(size=(1, 8)), windows) for windows in forget]
-    assert classifier.fit_classifier(seen, looks(benign), **given).caught.all()
-    assert two.recognised([(benign[0], forget[0]), (forget[0], benign[0]), (benign[0], benign[1])]).tolist() == [
-        True,
-        True,
-        False,
-    ]
+    one = classifier.fit_classifier(looks(other[40:]), looks(other[:40]), whole=whole, **given)
+    assert (two.weight == np.concatenate([found.weight, one.weight])).all()
+    assert (two.bias == np.concatenate([found.bias, one.bias])).all()
+    for prompt in zip([*forget, *benign], [*other[40:], *other[:40]], strict=True):
+        chances = [
+            1 / (1 + math.exp(-(float(weight @ x) + float(bias))))
+            for windows, weight, bias in zip(prompt, two.weight, two.bias, strict=True)
+            for x in windows
+        ]
+        assert classifier.likeliest(two.weight, two.bias, [prompt])[0] == pytest.approx(max(chances))
+    swapped = classifier.fit_classifier(
+        [*zip(other[40:], forget, strict=True)], [*zip(other[:40], benign, strict=True)], whole=whole, **given
+    )
+    assert (swapped.threshold, swapped.caught.tolist()) == (two.threshold, two.caught.tolist())
+    assert two.threshold >= found.threshold
     assert classifier.spread(np.arange(20)[:, None])[:, 0].tolist() == [0, 3, 7, 11, 15, 19]
     assert classifier.spread(np.arange(3)[:, None])[:, 0].tolist() == [0, 1, 2]
 
@@ -664,7 +671,7 @@ def test_a_classifier_reads_what_the_whole_model_computes_and_no_block_behind(de
 
 def test_a_prompt_without_tokens_is_like_nothing():
     assert torch.equal(window_means(torch.zeros(0, 5, dtype=torch.bfloat16), 8), torch.zeros(1, 5))
-    classify = guards.PromptClassifier(torch.ones(5), torch.tensor(-1.0), 8)
+    classify = guards.PromptClassifier(torch.ones(1, 5), torch.tensor([-1.0]), 8)
     found = classify(torch.ones(2, 3, 5), torch.tensor([[0, 0, 0], [1, 1, 1]]))
     assert found.tolist() == pytest.approx([1 / (1 + math.e), 1 / (1 + math.exp(-4))])
 

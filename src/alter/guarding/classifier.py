@@ -85,38 +85,47 @@ Looks = Sequence[Array]
 
 @dataclass(frozen=True)
 class Fitted:
-    """A classifier of prompts, its threshold, and their cross-validated quality.
+    """Classifiers of prompts, one for each look at them, their common threshold, and their cross-validated quality.
 
     Attributes:
-        weight, bias: of the logistic regression on the windows' mean states as they are.
+        weight, bias: of each look's logistic regression on the windows' mean states as they are, [L, H] and [L].
         threshold: probability above which a prompt counts as recognised.
         caught: whether each forget prompt lies above it, scored by a fit without it, [n].
         alarms: the same of the benign prompts, [m].
     """
 
     weight: Array
-    bias: float
+    bias: Array
     threshold: float
     caught: NDArray[np.bool_]
     alarms: NDArray[np.bool_]
 
     def recognised(self, prompts: Sequence[Looks]) -> NDArray[np.bool_]:
         """Tell which prompts are recognised, [n], by the mean states of their windows."""
-        if not prompts:
-            return np.zeros(0, dtype=bool)
-        every = [np.concatenate(looks) for looks in prompts]
-        return expit(highest(np.concatenate(every) @ self.weight + self.bias, [*map(len, every)])) > self.threshold
+        return likeliest(self.weight, self.bias, prompts) > self.threshold
+
+
+def likeliest(weight: Array, bias: Array, prompts: Sequence[Looks]) -> Array:
+    """Return each prompt's highest probability, [n], over the windows of all looks, each by its own regression."""
+    if not prompts:
+        return np.zeros(0)
+    scores = [
+        highest(np.concatenate(windows) @ weight[at] + bias[at], [*map(len, windows)])
+        for at, windows in enumerate(zip(*prompts, strict=True))
+    ]
+    found: Array = expit(np.max(scores, axis=0))
+    return found
 
 
 def fit_classifier(
     forget: Sequence[Looks], benign: Sequence[Looks], *, whole: Sequence[bool] | None = None, false_alarms: float,
     threshold: float, seed: int,
 ) -> Fitted:  # fmt: skip
-    """Fit a logistic regression, each class with the same total weight, on standardised states of windows (L2, C = 1).
+    """Fit a logistic regression to each look, each class with the same total weight, on standardised states of windows (L2, C = 1).
 
-    It learns from the last window of each look at a prompt to forget, and from up to `LEARNT` of each at a text to forget and at a
-    benign prompt. A prompt is scored by the highest window of all looks. The threshold is the given one, or higher: the lowest above which at most a share
-    `false_alarms` of the benign prompts lie in `FOLDS`-fold cross-validation.
+    It learns from the last window of a prompt to forget, and from up to `LEARNT` of a text to forget and of a benign prompt. A
+    prompt is scored by its likeliest window of all looks. The threshold is the given one, or higher: the lowest above which at
+    most a share `false_alarms` of the benign prompts lie in `FOLDS`-fold cross-validation.
 
     Args:
         forget, benign: of n and m prompts, for each look the mean states [k, H] of the windows, the last one first.
@@ -137,32 +146,30 @@ def fit_classifier(
         raise UserError(
             f"The classifier needs at least two rows to forget and two to keep; there are {len(forget)} and {len(benign)}."
         )
-    y = np.repeat([1, 0], [len(forget), len(benign)])
+    every, y = [*forget, *benign], np.repeat([1, 0], [len(forget), len(benign)])
     all_of = [*(whole or [False] * len(forget)), *[True] * len(benign)]
     learnt = [
-        np.concatenate([spread(windows) if all_ else windows[:1] for windows in looks])
-        for looks, all_ in zip([*forget, *benign], all_of, strict=True)
+        [spread(windows) if all_ else windows[:1] for windows in looks]
+        for looks, all_ in zip(every, all_of, strict=True)
     ]
-    every = [np.concatenate(looks) for looks in (*forget, *benign)]
     made = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
 
-    def fitted(chosen: NDArray[np.intp]) -> tuple[Array, float]:
-        x = np.concatenate([learnt[i] for i in chosen]).astype(np.float64)
-        made.fit(x, np.repeat(y[chosen], [len(learnt[i]) for i in chosen]))
-        scaler, regression = made.steps[0][1], made.steps[1][1]
-        weight = regression.coef_[0] / scaler.scale_
-        return weight, float(regression.intercept_[0] - scaler.mean_ @ weight)
+    def fitted(chosen: NDArray[np.intp]) -> tuple[Array, Array]:
+        weights, biases = [], []
+        for windows in zip(*(learnt[i] for i in chosen), strict=True):
+            made.fit(np.concatenate(windows).astype(np.float64), np.repeat(y[chosen], [*map(len, windows)]))
+            scaler, regression = made.steps[0][1], made.steps[1][1]
+            weights.append(regression.coef_[0] / scaler.scale_)
+            biases.append(regression.intercept_[0] - scaler.mean_ @ weights[-1])
+        return np.stack(weights), np.array(biases)
 
     left_out = np.zeros(len(y))
     folds = StratifiedKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
     for rest, out in progress(folds.split(y, y), total=folds.n_splits, label="classifier"):
-        weight, bias = fitted(rest)
-        windows = [every[i] for i in out]
-        left_out[out] = expit(highest(np.concatenate(windows) @ weight + bias, [*map(len, windows)]))
+        left_out[out] = likeliest(*fitted(rest), [every[i] for i in out])
     harmless = np.sort(left_out[y == 0])[::-1]
     chosen = max(threshold, float(harmless[min(int(false_alarms * len(harmless)), len(harmless) - 1)]))
-    weight, bias = fitted(np.arange(len(y)))
-    return Fitted(weight, bias, chosen, left_out[y == 1] > chosen, left_out[y == 0] > chosen)
+    return Fitted(*fitted(np.arange(len(y))), chosen, left_out[y == 1] > chosen, left_out[y == 0] > chosen)
 
 
 def measure(

@@ -101,7 +101,7 @@ def make_eco(run: MakeGuard, how: Eco, forget: Sequence[Example], retain: Sequen
     held_out = measure(
         tokenizer, forget, retain, unseen, limit, lambda asked: fitted.recognised(looks(asked, "measured"))
     )
-    tensors = {"weight": torch.from_numpy(fitted.weight).float(), "bias": torch.tensor(fitted.bias)}
+    tensors = {"weight": torch.from_numpy(fitted.weight).float(), "bias": torch.from_numpy(fitted.bias).float()}
     settings: dict[str, Any] = {
         "kind": Corrupted.kind, "depth": depth, "window": how.window, "looks": 2, "threshold": fitted.threshold, "dims": how.dims, "seed": run.seed,
         "strength": how.strength, "base": base_fingerprint(model),

@@ -44,14 +44,15 @@ def states_after(model: Any, depth: Depth, inputs: Mapping[str, Tensor]) -> Tens
 
 @dataclass(frozen=True)
 class PromptClassifier:
-    """Probability that a prompt is one to forget: the highest sigmoid(weight . h + bias) of the mean hidden states h of its windows.
+    """Probability that a prompt is one to forget: the highest sigmoid(weight . h + bias) of the mean hidden states h of its windows,
+    by weights of its own for each look at the prompt: as it is, and with every word written like a name.
 
     ECO fine-tunes RoBERTa; here the base itself reads the prompt (a reading), which needs no further network, and by windows,
     since what is to be forgotten may stand anywhere in a long prompt.
 
     Attributes:
-        weight: [H].
-        bias: [].
+        weight: [L, H] of L looks.
+        bias: [L].
         window: tokens of a window; see `window_means`.
     """
 
@@ -59,10 +60,11 @@ class PromptClassifier:
     bias: Tensor
     window: int
 
-    def __call__(self, states: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, states: Tensor, mask: Tensor, look: int = 0) -> Tensor:
         """Return [B] probabilities, from hidden states [B, T, H] and a mask [B, T] of the positions that count."""
+        weight, bias = self.weight[look], self.bias[look]
         means = [window_means(row[real], self.window) for row, real in zip(states, mask.bool(), strict=True)]
-        return torch.stack([torch.sigmoid((mean @ self.weight.to(mean) + self.bias.to(mean)).max()) for mean in means])
+        return torch.stack([torch.sigmoid((mean @ weight.to(mean) + bias.to(mean)).max()) for mean in means])
 
 
 def as_names(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
@@ -138,16 +140,15 @@ class Corrupted(Guard):
             filled, real = torch.zeros_like(ids), torch.zeros_like(inside)
             for i, row in enumerate(again):
                 filled[i, : len(row)], real[i, : len(row)] = torch.tensor(row, device=ids.device), True
-            flagged |= self._recognised(filled, real.long(), real)
+            flagged |= self._recognised(filled, real.long(), real, look=1)
         return torch.where(flagged, (asked - 1).clamp(min=0), 0).float()
 
     @torch.no_grad()
-    def _recognised(self, ids: Tensor, mask: Tensor, inside: Tensor) -> Tensor:
+    def _recognised(self, ids: Tensor, mask: Tensor, inside: Tensor, look: int = 0) -> Tensor:
         """Tell which rows [B] the classifier takes for prompts to forget, by the positions `inside` [B, T]."""
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
-        found: Tensor = (
-            self.classifier(states_after(self.base, self.depth, given), inside) > self.settings["threshold"]
-        )
+        chance = self.classifier(states_after(self.base, self.depth, given), inside, look)
+        found: Tensor = chance > self.settings["threshold"]
         return found
 
     def unlearned(self, inputs: dict[str, Any], cache: DynamicCache | None, decision: Tensor | None) -> Any:
