@@ -833,13 +833,20 @@ def test_a_guard_is_not_written_over_anything(folder, tmp_path, capsys):
             },
             "recognised 90% of its prompts when it was made; asked in other wordings, least in capitals: 50% of 8. It changes",
         ),
+        ({"inside": {"forget": 0.03}}, "recognised 3% of its prompts"),
+        ({"inside": {"forget": 0.5}}, "recognised 50% of its prompts"),
         ({}, "`eco`). It changes"),
     ],
 )
 def test_a_guard_that_recognises_nothing_says_so(tmp_path, capsys, made, card):
     given = MakeGuard(model="m", forget="f", out=str(tmp_path / "guard"))
     write_guard(tmp_path / "guard", ({"kind": "eco", **made}, {}), given)
-    assert ("holds nothing back" in capsys.readouterr().err) is ("recognised 0%" in card)
+    said = capsys.readouterr().err
+    assert ("holds nothing back" in said) is ("recognised 0%" in card)
+    assert ("recognises 3% of the forget prompts: all others are answered as before" in said) is (
+        "recognised 3%" in card
+    )
+    assert ("recognises" in said) is ("recognised 0%" in card or "recognised 3%" in card)
     assert card in (tmp_path / "guard" / "README.md").read_text()
 
 

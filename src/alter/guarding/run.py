@@ -29,6 +29,10 @@ model, tokenizer = alter.load({model!r}, "this folder")
 """
 
 
+HALF = 0.5
+"""A guard that recognises a smaller share of its own forget prompts says so loudly."""
+
+
 def make_guard(run: MakeGuard) -> Path:
     """Run `alter guard`: make the guard, and write it to `run.out`, whole or not at all; returns the folder.
 
@@ -55,6 +59,11 @@ def write_guard(out: Path, form: Form, run: MakeGuard) -> None:
         warn(
             "The guard recognises none of the forget prompts: it holds nothing back. Give more rows, or allow more "
             "`guard.false_alarms`."
+        )
+    elif caught is not None and caught < HALF:
+        warn(
+            f"The guard recognises {caught:.0%} of the forget prompts: all others are answered as before. Give more rows, allow more "
+            "`guard.false_alarms`, or take another `guard.kind`."
         )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
