@@ -335,6 +335,7 @@ def test_a_cell_is_worked_on_by_one_process(tmp_path, monkeypatch, capsys):
     """A job of Slurm goes on when the comparison that submitted it is gone, and another begins without Slurm."""
     monkeypatch.setattr(cell_work, "die_with_parent", lambda: None)
     monkeypatch.setattr(cell_work, "PATIENCE", 0.2)
+    (tmp_path / "spec.json").write_text("{}")
     worked = []
     monkeypatch.setattr(cell_work, "work", lambda folder, parts: worked.append(parts))
     other = take_lock(tmp_path / ".lock", 0)

@@ -302,10 +302,10 @@ def _alone(folder: Path) -> Iterator[None]:
 def cell_process(folder: str, parts: str) -> int:
     """Run a cell in a process of its own, whose output goes to `log.txt`; return 0, or 1 after an error that may be transient."""
     die_with_parent()
-    limit = json.loads((Path(folder) / "spec.json").read_text()).get("minutes")
-    if limit is not None:
-        _end_after(limit)
     try:
+        limit = json.loads((Path(folder) / "spec.json").read_text()).get("minutes")
+        if limit is not None:
+            _end_after(limit)
         with _alone(Path(folder)), forked.allowed():
             work(Path(folder), parts.split())
     except Exception:  # log any error; the comparison continues without this cell
