@@ -151,7 +151,7 @@ def test_a_prompt_is_recognised_in_a_batch_as_alone_where_positions_are_learnt(t
         model = guards.Detected(tuned, [detector], [2])
     elif kind == "eco":
         model = guards.Corrupted(
-            base, lambda states, mask: noted(mean_states([states], mask)), {"depth": 1, "threshold": 0.5}
+            base, lambda states, mask, look: noted(mean_states([states], mask)), {"depth": 1, "threshold": 0.5}
         )
     else:
         given = {"layer": "transformer.h.1.mlp.c_proj", "half": 1.0}
