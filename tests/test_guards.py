@@ -568,6 +568,14 @@ def test_the_classifier_weighs_classes_alike_and_its_alarms_are_counted():
         classifier.fit_classifier(forget[:1], benign, false_alarms=0, threshold=0.5, seed=0)
 
 
+@pytest.mark.parametrize("kind", ["eco", "alu"])
+def test_a_guard_that_reads_text_is_not_loaded_without_a_tokenizer(folder, kind):
+    """Without one ECO's would look once in the place of twice, and pass what is in capitals."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with pytest.raises(UserError, match="which reads text: give the model's `tokenizer` too"):
+        guards.load_form(base, adapter(folder, kind))
+
+
 def looks(prompts):
     """Each prompt looked at once."""
     return [[windows] for windows in prompts]

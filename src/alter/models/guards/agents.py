@@ -135,6 +135,7 @@ class Agents(Guard):
     """
 
     kind: ClassVar[str] = "agents"
+    reads_text: ClassVar[bool] = True
     answers_alone: ClassVar[bool] = True
     _is_stateful = True
 

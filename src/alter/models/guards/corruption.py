@@ -86,8 +86,8 @@ class Corrupted(Guard):
     """A model that reads a prompt to be forgotten with noise on its embeddings; other prompts are read as they are.
 
     If the classifier gives a prompt more than `threshold`, as it is or with every word written like a name, N(0, strength^2) is
-    added to the first `dims` dimensions of the embeddings of all its tokens but the last. The noise is drawn by the token's place in the row, from `seed`, so that an
-    answer depends neither on the batch nor on who asked before (a reading: the authors draw anew).
+    added to the first `dims` dimensions of the embeddings of all its tokens but the last. The noise is drawn by the token's place in
+    the row, from `seed`, so that an answer depends neither on the batch nor on who asked before (a reading: the authors draw anew).
 
     Args:
         base: the model.
@@ -97,6 +97,7 @@ class Corrupted(Guard):
 
     kind: ClassVar[str] = "corruption"
     decides: ClassVar[bool] = True
+    reads_text: ClassVar[bool] = True
 
     def __init__(self, base: Any, classifier: PromptClassifier, settings: dict[str, Any]) -> None:
         super().__init__(base)
@@ -135,7 +136,7 @@ class Corrupted(Guard):
         asked = lengths if prompts is None else torch.tensor(list(prompts), device=ids.device).minimum(lengths)
         inside = mask.bool() & (mask.cumsum(1) <= asked[:, None])
         flagged = self._recognised(ids, mask, inside)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and not flagged.all():
             again = [as_names(self.tokenizer, row[real].tolist()) for row, real in zip(ids, inside, strict=True)]
             filled, real = torch.zeros_like(ids), torch.zeros_like(inside)
             for i, row in enumerate(again):

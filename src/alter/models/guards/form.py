@@ -42,6 +42,8 @@ class Guard(PreTrainedModel, GenerationMixin, ABC):
     """Whether it looks at the prompt first (`decide`); the decision holds for the whole answer."""
     answers_alone: ClassVar[bool] = False
     """Whether it acts on what follows a prompt alone, so that the probabilities of the prompt's own tokens are the base's."""
+    reads_text: ClassVar[bool] = False
+    """Whether it needs the model's tokenizer."""
     tokenizer: Any = None
     """The model's tokenizer, for guards that read text; whoever loads the guard sets it."""
 

@@ -37,7 +37,8 @@ def load_form(base: Any, folder: str, tokenizer: Any = None) -> Guard:
     """Put the guard in `folder` on a loaded base, which gives the unlearned model; `tokenizer` is for guards that read text.
 
     Raises:
-        UserError: the form was made for another base, by another version, or by a plugin that is not installed.
+        UserError: the form was made for another base, by another version, or by a plugin that is not installed; or it reads text
+            and there is no tokenizer.
     """
     path = Path(folder).expanduser()
     settings = read_object(path / FORM_FILE, "the settings of an inference form")
@@ -46,6 +47,10 @@ def load_form(base: Any, folder: str, tokenizer: Any = None) -> Guard:
         raise UserError(
             f"{path / FORM_FILE} is of kind {settings['kind']!r}; expected one of {', '.join(GUARDS)}."
             f"{nearest(settings['kind'], GUARDS)} Install the plugin that it was made with."
+        )
+    if tokenizer is None and GUARDS[settings["kind"]].reads_text:
+        raise UserError(
+            f"{folder} is a guard of kind {settings['kind']!r}, which reads text: give the model's `tokenizer` too, or load it by `alter.load`."
         )
     made: Guard = GUARDS[settings["kind"]].read(base, path, settings).eval()
     made.tokenizer = tokenizer
