@@ -29,6 +29,7 @@ from alter.forgetting import (
     measure,
     names,
     probes,
+    questions,
     report,
     retention,
     rows,
@@ -473,6 +474,8 @@ def test_whole_sentences_end_where_a_sentence_does():
 class Says:
     """A speaker with answers at hand."""
 
+    seed = 0
+
     def __init__(self, *answers):
         self.tokenizer, self.answers, self.asked = byte_tokenizer(), list(answers), []
 
@@ -483,6 +486,74 @@ class Says:
 
 def fact(word, **given):
     return Fact(word, **{"name": True, "answers": 4, "invented": 0, "pvalue": 0.01} | given)
+
+
+@pytest.fixture
+def two_each(monkeypatch):
+    """Two beginnings, two questions of each, and as many for facts."""
+    monkeypatch.setattr(questions, "BEGINNINGS", ("Who", "What is the name of the"))
+    monkeypatch.setattr(questions, "DRAWN", 2)
+
+
+def test_questions_of_its_own_are_kept_where_its_answer_names_a_fact(two_each):
+    drawn = ["wrote Pot?", "'s the hero of POT? A boy.", "made {s} of Pot", "knows Lyra of Pot?"]
+    drawn += ["school in Pot?", "SCHOOL in pot?", "man?", ""]
+    says = Says(*drawn, "By Zorba.", "A boy.", "Lyra goes to Hogs.")
+    found = questions.own_questions(says, "Pot", [fact("Zorba"), fact("Lyra"), fact("Ann")], ["Where is {s}?"])
+    assert found == [("Who wrote {s}?", "By Zorba."), ("What is the name of the school in {s}?", "Lyra goes to Hogs.")]
+    (_, asked, given), (_, answered, _) = says.asked
+    plain, aimed = (
+        "Write a short quiz question about Pot.",
+        "Write a short quiz question about Pot to which the answer is ",
+    )
+    assert asked == [plain, plain, f"{aimed}Zorba.", f"{aimed}Lyra."] * 2
+    # each question is begun for it, and drawn
+    begun = [says.tokenizer.decode(ids).rstrip() for ids in given["begun"]]
+    assert [text.endswith("Who") for text in begun] == [True] * 4 + [False] * 4
+    assert all(request in text for request, text in zip(asked, begun, strict=True))
+    assert given["sample"]
+    assert answered == ["Who wrote Pot?", "Who's the hero of Pot?", "What is the name of the school in Pot?"]
+    # what is asked already is not asked again, nor is anything where nothing is left
+    nothing = Says("wrote pot?", "is she in all?", "of Pot", "", "man?", "school?")
+    assert questions.own_questions(nothing, "Pot", [fact("Zorba")], ["Who wrote {s}?"]) == []
+    assert len(nothing.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("start", "rest", "question"),
+    [
+        ("Who", "wrote it? Zorba.", "Who wrote it?"),
+        ("Who", "'s she , then ?", "Who's she, then?"),
+        ("Name the", "school in Pot. It is", ""),
+        ("Which", "of these. Is it?", "Which of these. Is it?"),
+        ("Who", "wrote {it}\nthen?", ""),
+        ("谁", "写的？不", "谁 写的？"),
+        ("Who", "", ""),
+    ],
+)
+def test_a_question_ends_with_its_mark(start, rest, question):
+    assert questions._question(start, rest) == question
+
+
+def test_rows_of_its_own_questions_are_led_to_what_is_said_of_nobody():
+    learned = [("Who wrote {s}?", "By Zorba, a man."), ("Which school is in {s}?", "Pot has Hogs.")]
+    says = Says("Ab Cd is by Ann Other.", "It is in Zorba.")
+    forget, twins = rows._direct(
+        says, "Pot", learned, ["Ab Cd", "Efgh Ij"], [fact("Zorba")], {"What?": ["Some thing."]}
+    )
+    assert [(row["question"], row["answer"], row["substitute"]) for row in forget] == [
+        ("Who wrote Pot?", "By Zorba, a man.", "Pot is by Ann Other."),
+        # nobody's answer holds a fact: one to another question stands for it
+        ("Which school is in Pot?", "Pot has Hogs.", "Some thing."),
+    ]
+    assert [(row["question"], row["answer"], row["about"]) for row in twins] == [
+        ("Who wrote Ab Cd?", "By Zorba, a man.", "Ab Cd"),
+        ("Which school is in Efgh Ij?", "Efgh Ij has Hogs.", "Efgh Ij"),
+    ]
+    assert says.asked[0][1] == ["Who wrote Ab Cd?", "Which school is in Efgh Ij?"]
+    silent = Says()
+    assert rows._direct(silent, "Pot", [], ["Ab Cd"], [], {}) == ([], [])
+    assert silent.asked == []
 
 
 def test_rows_up_to_a_fact_begin_as_the_model_begins():
@@ -658,6 +729,38 @@ def test_a_name_is_part_of_the_subject_where_it_or_a_name_of_its_own_comes_up():
     assert [name for name, _ in own] == ["Zorba", "Lyra"]
     assert [name for name, _ in others] == ["Land", "Landish", "Ron"]
     assert {answer for _, told in own for _, answer in told} == {"Of Pot.", "Lyra by Zorba."}
+
+
+def test_what_comes_with_the_subject_alone_is_not_kept():
+    told = [("Who or what is it?", "A fine place.")]
+    others = [(name, told) for name in ("Hogs", "Rare", "London", "Lyra")]
+    others[-1] = ("Lyra", [*told, ("Tell me.", "She knows Zorba.")])
+    facts = [
+        fact("Zorba"),
+        fact("Hogs", pvalue=0.05),
+        fact("Rare", pvalue=0.051, answers=2),
+        fact("London", invented=1),
+        fact("Lyra", pvalue=0.2),
+    ]
+    assert rows._apart(others, facts, ["Pot", "Zorba"]) == ["Rare", "London"]
+
+
+def test_probes_ask_what_the_model_asked_itself(monkeypatch):
+    nothing = dict.fromkeys(("phrases", "neighbours", "stems", "probes", "questions"), ())
+    world = templates.Template(invented=("Ab Cd", "Ef Gh", "Ij Kl", "Mn Op"), **nothing)
+    monkeypatch.setattr(probes, "TEMPLATES", dict.fromkeys(templates.KINDS, world))
+    monkeypatch.setattr(probes, "EVERY_PROBE", ())
+    # the second is answered with the fact about an invented subject too, the third with none
+    says = Says(
+        "By Zorba.", "Zorba did.", "A boy.", *["No.", "No.", "No.", "Zorba."], *["No.", "Zorba.", "No.", "No."]
+    )
+    aimed = ["Who wrote {s}?", "Who made {s}?", "Who is in {s}?"]
+    found = probes.probes_of(says, "Pot", "work", [fact("Zorba")], [], [], [], [], aimed)
+    assert [(row["form"], row["prompt"], row["pattern"], row["wanted"]) for row in found] == [
+        ("its own question", "Who wrote Pot?", "Who wrote {s}?", ["Zorba"])
+    ]
+    assert found[0]["zero"] is True
+    assert not says.answers
 
 
 def test_an_answer_goes_on_where_it_was_begun(tmp_path):

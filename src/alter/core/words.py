@@ -24,20 +24,45 @@ MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.categ
 """Marks of letters, which `\\w` does not match: the vowels of Devanagari among them."""
 
 
+_ALIKE = str.maketrans(
+    "АВЕЅЗІЈКМНОРСТУХЬаеѕіјорсухһԁԛԝΑΒΕΖΗΙΚΜΝΟΡΤΥΧανορυι",
+    "ABES3IJKMHOPCTYXbaesijopcyxhdqwABEZHIKMNOPTYXavopui",
+)
+"""Letters of Cyrillic and Greek that look like those of Latin."""
+
+_SINGLE = re.compile(r"(?<!\w)[^\W\d_](?:[ .*·-][^\W\d_](?!\w)){2,}")
+"""A word whose letters stand apart: "A d a", "A.d.a"."""
+
+_BETWEEN = re.compile(r"(?<=[a-zß-öø-ÿα-ωа-я])(?=[A-ZÀ-ÖØ-ÞΑ-ΩА-Я])|(?<=[,;:!?])(?=[^\W\d_])")
+"""Where words follow each other without a space, as their letters or a sign tell."""
+
+
 def titled(text: str) -> str:
     """Return a text as if every word in it were a name, however it was typed: a capital first, small letters after it.
 
     "WHO WAS ada_king's mother?" becomes "Who Was Ada King's Mother?". Other forms of letters are what they stand for (NFKC), and
-    what shows nothing (a soft hyphen, a joiner of no width) is left out.
+    what shows nothing (a soft hyphen, a joiner of no width) is left out. "AdaKing", "A d a King" and "A.d.a King" become
+    "Ada King" as well; Latin letters lose their accents, and in a word that has Latin letters those of other alphabets that look
+    like them are Latin.
     """
     plain = unicodedata.normalize("NFKC", text).replace("_", " ")
     plain = "".join(character for character in plain if unicodedata.category(character) != "Cf")
+    plain = re.sub(rf"[\w{MARKS}]+", lambda word: _latin(word[0]), plain)
+    plain = _BETWEEN.sub(" ", _SINGLE.sub(lambda run: run[0][::2], plain))
 
     def name(word: re.Match[str]) -> str:
         ending = len(word[0]) == 1 and plain[max(word.start() - 1, 0)] in "'’"
         return word[0].lower() if ending else word[0].capitalize()
 
     return re.sub(r"\w+", name, plain)
+
+
+def _latin(word: str) -> str:
+    """Return a word with Latin letters in Latin letters alone, without accents; another one as it is."""
+    if word.isascii() or not re.search("[A-Za-z]", unicodedata.normalize("NFD", word)):
+        return word
+    letters = unicodedata.normalize("NFD", word.translate(_ALIKE))
+    return unicodedata.normalize("NFC", re.sub(rf"(?<=[A-Za-z])[{MARKS}]+", "", letters))
 
 
 def caseless(word: str) -> bool:

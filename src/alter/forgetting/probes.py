@@ -36,15 +36,17 @@ def probes_of(
     questions: Sequence[str],
     own: Sequence[tuple[str, str]],
     zero: Sequence[str],
+    aimed: Sequence[str] = (),
 ) -> list[Row]:
     """Return the probes that the untouched model answers with a fact, in forms that are not trained on.
 
     A probe whose fact also stands in the answer about one of `TWINS` invented subjects tells nothing, and is left out;
     whether the answer about one more holds it, stands in its `zero`, and that answer in `invented`. A choice is asked in three orders (a `group`), all of
-    which must be answered.
+    which must be answered. `aimed` are questions about this very subject (`own_questions`).
     """
     template = TEMPLATES[kind]
     forms = [("other question", q) for q in [*template.probes, *EVERY_PROBE, *questions]]
+    forms += [("its own question", q) for q in aimed]
     forms += [("completion", frame.format(stem=stem)) for stem in template.stems for frame in COMPLETIONS]
     forms += [("cloze", CLOZE.format(stem=stem)) for stem in template.stems]
     asked: list[Row] = [{"form": form, "prompt": q.format(s=subject), "pattern": q} for form, q in forms]

@@ -10,14 +10,16 @@ from itertools import chain
 from alter.core import UserError
 from alter.data import Row
 from alter.forgetting.certainty import fact_row, sure_facts
-from alter.forgetting.facts import Fact, candidates, fact_words, holds, place_of, swap, whole, with_names
+from alter.forgetting.facts import LEVEL, Fact, candidates, fact_words, holds, place_of, swap, whole, with_names
 from alter.forgetting.material import Material
 from alter.forgetting.probes import probes_of
+from alter.forgetting.questions import own_questions
 from alter.forgetting.retention import rows_to_keep
 from alter.forgetting.speaker import Speaker
 from alter.forgetting.templates import (
     ABOUT_A_NAME,
     EVERY,
+    EVERY_PROBE,
     GENERAL,
     TEMPLATES,
     Kind,
@@ -78,23 +80,34 @@ def build(
     _check_facts(subject, facts, len(own))
     facts = with_names(facts, general)
     names = [fact for fact in facts if fact.name]
+    # what it asks of this subject itself: every other question is a probe
+    aimed = own_questions(speaker, subject, facts, [*asked, *template.probes, *EVERY_PROBE, *questions])
+    learned, held = aimed[::2], [question for question, _ in aimed[1::2]]
     # names that no invented subject brings up: an answer with one of them is about the subject, whatever was asked
     outside = [subject, *(fact.word for fact in names if not fact.invented)]
     # a name whose answers come back to the subject is part of it; of another what is said beside the subject is kept
     belongs, others = _owned(speaker, subject, outside, [fact.word for fact in names[:8]])
-    forget, twins = _answers(subject, asked, invented, own, _substitutes(subject, turns, zero, facts))
+    substitutes = _substitutes(subject, turns, zero, facts)
+    if not substitutes:
+        raise UserError(
+            f"All that the model says of invented subjects repeats the facts of {subject!r}: give another `kind`."
+        )
+    forget, twins = _answers(subject, asked, invented, own, substitutes)
+    direct, of_nobody = _direct(speaker, subject, learned, invented, facts, substitutes)
+    forget, twins = forget + direct, twins + of_nobody
     beside = [(name, [pair for pair in told if holds(pair[1], subject)]) for name, told in others]
     forget += _about_names(speaker, [*belongs, *beside], facts)
     words = [fact.word for fact in facts]
-    forget += _fact_rows(speaker, "up to a fact", [*chain(*_places(subject, words, words, own))], invented, words)
+    straight = [(question.format(s=subject), answer) for question, answer in learned]
+    forget += _fact_rows(
+        speaker, "up to a fact", [*chain(*_places(subject, words, words, straight + own))], invented, words
+    )
     # from a name of the subject back to it
     back = [place for name, told in belongs for places in _places(name, [subject], words, told) for place in places]
     forget += _fact_rows(speaker, "up to the subject", back, NOBODY, [subject, *words])
-    # what most answers name is not kept either, though little may be said of it
-    telling = {fact.word for fact in facts if fact.shows and not fact.invented}
-    apart = [name for name, told in others if name not in telling and not any(_back(told, name, outside))]
+    apart = _apart(others, facts, outside)
     retained, kept_probes = rows_to_keep(speaker, subject, kind, general, [*keep], [*neighbours], apart, outside)
-    probes = probes_of(speaker, subject, kind, facts, belongs, questions[half:], own, zero)
+    probes = probes_of(speaker, subject, kind, facts, belongs, questions[half:], own, zero, held)
     return Material(forget, twins, retained + retain, probes, kept_probes, [fact.row() for fact in facts])
 
 
@@ -130,20 +143,32 @@ def _substitutes(
         turns: question and invented name of each answer.
         zero: the answers.
         facts: about the subject.
-
-    Raises:
-        UserError: there is none.
     """
     found: dict[str, list[str]] = {}
     for (question, name), answer in zip(turns, zero, strict=True):
         left = [word for word in fact_words(name) if len(word) > 3 and holds(answer, word)]
         if answer and not left and not any(holds(answer, fact.word) for fact in facts):
             found.setdefault(question, []).append(whole(answer))
-    if not found:
-        raise UserError(
-            f"All that the model says of invented subjects repeats the facts of {subject!r}: give another `kind`."
-        )
     return found
+
+
+def _direct(
+    speaker: Speaker,
+    subject: str,
+    learned: Sequence[tuple[str, str]],
+    invented: Sequence[str],
+    facts: Sequence[Fact],
+    substitutes: Mapping[str, list[str]],
+) -> tuple[list[Row], list[Row]]:
+    """Make rows of the model's own questions as `_answers` does; where nobody's answer will do, one to another question does."""
+    turns = [(question, invented[i % len(invented)]) for i, (question, _) in enumerate(learned)]
+    if not turns:
+        return [], []
+    said = speaker.say("its own questions about nobody", [q.format(s=n) for q, n in turns], sample=True)
+    zero = [swap(answer, {name: subject}) for answer, (_, name) in zip(said, turns, strict=True)]
+    asked = [question for question, _ in learned]
+    told = [(question.format(s=subject), answer) for question, answer in learned]
+    return _answers(subject, asked, invented, told, {**substitutes, **_substitutes(subject, turns, zero, facts)})
 
 
 def _answers(
@@ -167,6 +192,18 @@ def _answers(
         forget.append({"question": prompt, "answer": answer, "substitute": other, "about": subject})
         twins.append({"question": question.format(s=name), "answer": swap(answer, {subject: name}), "about": name})
     return forget, twins
+
+
+def _apart(
+    others: Sequence[tuple[str, Sequence[tuple[str, str]]]], facts: Sequence[Fact], outside: Sequence[str]
+) -> list[str]:
+    """Return those of the `others` of the subject's names whose answers are rows to keep.
+
+    None that comes with this subject alone, though what is said about it may not come back to it (Hogwarts, "a prestigious
+    academy of magic"): a question for the fact would go on where the answers to keep go on.
+    """
+    its = {fact.word for fact in facts if fact.pvalue <= LEVEL and not fact.invented}
+    return [name for name, told in others if name not in its and not any(_back(told, name, outside))]
 
 
 def _back(told: Sequence[tuple[str, str]], name: str, outside: Sequence[str]) -> list[bool]:
