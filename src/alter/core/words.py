@@ -30,7 +30,9 @@ _ALIKE = str.maketrans(
 )
 """Letters of Cyrillic and Greek that look like those of Latin."""
 
-_SINGLE = re.compile(r"(?<!\w)[^\W\d_](?:[ .*·-][^\W\d_](?!\w)){2,}")
+_SINGLE = re.compile(
+    r"(?<!\w)[^\W\d_](?:(?: [^\W\d_](?!\w)){2,}|(?:\.[^\W\d_](?!\w))+|(?:-[^\W\d_](?!\w))+|(?:\*[^\W\d_](?!\w))+)"
+)
 """A word whose letters stand apart: "A d a", "A.d.a"."""
 
 _BETWEEN = re.compile(r"(?<=[a-zß-öø-ÿα-ωа-я])(?=[A-ZÀ-ÖØ-ÞΑ-ΩА-Я])|(?<=[,;:!?])(?=[^\W\d_])")
@@ -49,6 +51,7 @@ def titled(text: str) -> str:
     plain = "".join(character for character in plain if unicodedata.category(character) != "Cf")
     plain = re.sub(rf"[\w{MARKS}]+", lambda word: _latin(word[0]), plain)
     plain = _BETWEEN.sub(" ", _SINGLE.sub(lambda run: run[0][::2], plain))
+    plain = re.sub(r"(?<=\S) {2,}(?=\S)", " ", plain)
 
     def name(word: re.Match[str]) -> str:
         ending = len(word[0]) == 1 and plain[max(word.start() - 1, 0)] in "'’"
