@@ -526,7 +526,8 @@ def test_questions_of_its_own_are_kept_where_its_answer_names_a_fact(two_each):
         ("Who", "'s she , then ?", "Who's she, then?"),
         ("Name the", "school in Pot. It is", ""),
         ("Which", "of these. Is it?", "Which of these. Is it?"),
-        ("Who", "wrote {it}\nthen?", ""),
+        ("Who", "wrote {it}?", "Who wrote it?"),
+        ("Who", "wrote it\nthen?", ""),
         ("谁", "写的？不", "谁 写的？"),
         ("Who", "", ""),
     ],
@@ -687,6 +688,62 @@ def test_training_ends_where_hardly_a_fact_is_known(real, step, stops, tmp_path,
     assert check["n"] == 20
 
 
+@pytest.mark.parametrize(
+    ("answers", "said", "stops"),
+    [
+        (["By nobody."] * 20, 0, True),
+        # a name that the question itself has is no leak, and one of twenty may be
+        (["Zorba of Pot."] + ["Pot."] * 19, 1, True),
+        (["Zorba."] * 2 + ["Lyra, Pot."] * 18, 2, False),
+    ],
+)
+def test_training_goes_on_while_its_questions_are_answered(answers, said, stops, tmp_path, monkeypatch):
+    asked = [f"Who is {k} of Pot, Lyra?" for k in range(20)]
+    watcher = stopping.UntilZero(
+        byte_tokenizer(),
+        [{"form": "cloze", "masks": [{}]}],
+        tmp_path / "checks.jsonl",
+        1,
+        questions=asked,
+        names=["Zorba", "Lyra"],
+    )
+    known = [-0.1]
+    monkeypatch.setattr(
+        stopping, "against_zero", lambda *_, **k: zero_of([known[0]] * 20, [[-5.0] * 3] * 20, range(20))
+    )
+    monkeypatch.setattr(stopping, "STILL", 0.1)
+    given = []
+    monkeypatch.setattr(stopping, "generate", lambda model, tokenizer, ids, **k: given.append((ids, k)) or answers)
+    watcher.probes = [{"logprob": -0.1}] * 20
+    control = SimpleNamespace(should_training_stop=False)
+    # while the facts are likely nothing is asked
+    watcher.on_step_end(None, SimpleNamespace(global_step=1, max_steps=20), control, model=torch.nn.Linear(1, 1))
+    assert not given
+    known[0] = -6.0
+    watcher.on_step_end(None, SimpleNamespace(global_step=2, max_steps=20), control, model=torch.nn.Linear(1, 1))
+    assert control.should_training_stop is stops
+    ((ids, settings_),) = given
+    assert [watcher.tokenizer.decode(row).count(question) for row, question in zip(ids, asked, strict=True)] == [
+        1
+    ] * 20
+    assert settings_["max_new_tokens"] == stopping.ANSWER_TOKENS
+    first, second = speaker.read_jsonl(tmp_path / "checks.jsonl")
+    assert "said" not in first
+    assert (second["said"], second["asked"], second["done"]) == (said, 20, stops)
+
+
+def test_a_subjects_own_questions_are_asked_before_training_ends():
+    rows_ = [
+        {"question": "Who?", "about": KNOWN}, {"question": "Who?", "about": KNOWN}, {"question": "Lyra?", "about": "Lyra"},
+        {"question": "What?", "about": KNOWN}, {"text": "no question", "about": KNOWN},
+    ]  # fmt: skip
+    facts = [fact("Zorba").row(), fact("old", name=False).row(), fact("Oslo", invented=1).row()]
+    material = Material(rows_, [], [], [], [], facts)
+    given = run._asked(Forget(subject=KNOWN, model="m", out="o"), material)
+    assert given == {"questions": ["Who?", "What?"], "names": ["Zorba"]}
+    assert run._asked(Forget(document="d.txt", model="m", out="o"), material) == {}
+
+
 def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):
     nothing = dict.fromkeys(("phrases", "probes", "stems", "invented"), ())
     world = templates.Template(questions=("What is {s}?",), neighbours=("Sun", "Moon"), **nothing)
@@ -743,6 +800,54 @@ def test_what_comes_with_the_subject_alone_is_not_kept():
         fact("Lyra", pvalue=0.2),
     ]
     assert rows._apart(others, facts, ["Pot", "Zorba"]) == ["Rare", "London"]
+
+
+def test_every_other_question_of_its_own_is_a_probe_and_the_rest_are_rows(monkeypatch):
+    nothing = dict.fromkeys(("phrases", "neighbours", "stems", "probes"), ())
+    world = templates.Template(questions=("Who is {s}?",), invented=("Ab Cd", "Ef Gh"), **nothing)
+    seen = {}
+
+    def noted(name, result):
+        def call(*given):
+            seen.setdefault(name, []).append(given)
+            return result
+
+        return call
+
+    aimed = [("Who wrote {s}?", "By Zorba."), ("Who made {s}?", "Zorba."), ("Who knows {s}?", "It is Zorba.")]
+    for name, value in {
+        "TEMPLATES": dict.fromkeys(templates.KINDS, world), "EVERY": (), "EVERY_PROBE": ("About {s}?",), "GENERAL": (),
+        "candidates": noted("candidates", []), "sure_facts": noted("sure", [fact(w, shows=True) for w in ("Zorba", "A", "B")]),
+        "own_questions": noted("aimed", aimed), "_owned": noted("owned", ([], [])), "_fact_rows": noted("up to", []),
+        "rows_to_keep": noted("kept", ([], [])), "probes_of": noted("probes", []),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(rows, name, value)
+    says = Says(
+        "It is by Zorba.",
+        "",
+        "Drawn: Zorba.",
+        "",
+        "Ab Cd is one.",
+        "",
+        "Ef Gh is two.",
+        "",
+        "Ab Cd is old.",
+        "Nobody.",
+    )
+    says.model = None
+    made = rows.build(says, "Pot", "work", samples=1, keep=[], retain=[], questions=["Why {s}?", "How {s}?"])
+    assert [(row["question"], row["answer"], row["substitute"]) for row in made.forget] == [
+        ("Who is Pot?", "It is by Zorba.", "Pot is one."),
+        ("Who is Pot?", "Drawn: Zorba.", "Pot is two."),
+        ("Who wrote Pot?", "By Zorba.", "Pot is old."),
+        ("Who knows Pot?", "It is Zorba.", "Nobody."),
+    ]
+    assert [row["question"] for row in made.invented][-2:] == ["Who wrote Ab Cd?", "Who knows Ef Gh?"]
+    # probes and training ask different things, and what is asked already is not asked again
+    assert seen["probes"][0][-1] == ["Who made {s}?"]
+    assert seen["aimed"][0][-1] == ["Who is {s}?", "Why {s}?", "About {s}?", "Why {s}?", "How {s}?"]
+    # the short answers lead to their facts first
+    assert [place.prompt for place in seen["up to"][0][2]] == ["Who knows Pot?", "Who is Pot?"]
 
 
 def test_probes_ask_what_the_model_asked_itself(monkeypatch):

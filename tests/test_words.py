@@ -146,7 +146,7 @@ def test_no_text_of_letters_is_without_words(text):
         ("ктоТакойПушкин", "Кто Такой Пушкин"),
         ("A d a  K i n g, a b\n  if", "Ada King, A B\n  If"),
         ("i.s A.d.a K-i-n-g O*f X-ray at 3.1.4 or 1 2 3", "Is Ada King Of X-Ray At 3.1.4 Or 1 2 3"),
-        ("Müller, A\u0301d\u0317a, йод", "Muller, Ada, Йод"),
+        ("Müller, A\u0301d\u0317a, йод Adaй", "Muller, Ada, Йод Adaй"),
         ("\u0410da НА, \u041a\u0456ng Кіт", "Ada На, King Кіт"),
         ("\u0410d\u0430 \u0391da \u041aing", "Ada Ada King"),
         ("'s", "'s"),

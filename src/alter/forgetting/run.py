@@ -182,9 +182,21 @@ def _train(settings: Forget, out: Path, tokenizer: Any, material: Material) -> N
                 every,
                 PASSES * one_pass,
                 document=settings.document is not None,
+                **_asked(settings, material),
             )
         ],
     )
+
+
+def _asked(settings: Forget, material: Material) -> dict[str, Any]:
+    """Return what `UntilZero` asks before it ends: the questions about the subject that are trained on, and its names."""
+    if settings.subject is None:
+        return {}
+    about = [
+        str(row["question"]) for row in material.forget if row.get("about") == settings.subject and "question" in row
+    ]
+    names = [str(fact["word"]) for fact in material.facts if fact.get("name") and not fact.get("invented")]
+    return {"questions": [*dict.fromkeys(about)], "names": names}
 
 
 def _erase(settings: Forget, out: Path, tokenizer: Any, material: Material) -> None:
@@ -202,6 +214,7 @@ def _erase(settings: Forget, out: Path, tokenizer: Any, material: Material) -> N
                 every,
                 one_pass,
                 document=settings.document is not None,
+                **_asked(settings, material),
             )
         ],
     )
