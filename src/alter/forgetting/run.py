@@ -43,8 +43,9 @@ ERASING_CHECKS = 4
 """Checks in a pass of the erasing over the forget rows, before whose end it does not stop."""
 CHECKS = 1
 """Checks in a pass over the forget rows."""
-PASSES = 2
-"""Passes over the forget rows before training may end: after one, answers that begin otherwise still come to the facts."""
+PASSES = 4
+"""Passes over the forget rows before training may end: after two, other questions and answers that begin otherwise still come to
+the facts."""
 
 
 def command(settings: Forget) -> Path:
