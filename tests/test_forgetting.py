@@ -740,8 +740,18 @@ def test_a_subjects_own_questions_are_asked_before_training_ends():
     facts = [fact("Zorba").row(), fact("old", name=False).row(), fact("Oslo", invented=1).row()]
     material = Material(rows_, [], [], [], [], facts)
     given = run._asked(Forget(subject=KNOWN, model="m", out="o"), material)
-    assert given == {"questions": ["Who?", "What?"], "names": ["Zorba"]}
+    assert given == {"questions": ["Who?", "What?"], "names": [KNOWN, "Quill", "Zorba"]}
     assert run._asked(Forget(document="d.txt", model="m", out="o"), material) == {}
+
+
+def test_a_subject_takes_more_passes_than_a_document(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(run, "unlearn", lambda settings_, callbacks: made.extend(callbacks))
+    material = Material([{"question": f"Who is {k}?", "about": KNOWN} for k in range(20)], [], [], [], [], [])
+    run._train(Forget(subject=KNOWN, model="m", out=str(tmp_path)), tmp_path, None, material)
+    run._train(Forget(document="d.txt", model="m", out=str(tmp_path)), tmp_path, None, material)
+    # 20 rows, 8 a step
+    assert [(each.every, each.least, len(each.questions)) for each in made] == [(3, 12, 20), (3, 6, 0)]
 
 
 def test_what_names_the_subject_is_neither_kept_nor_measured(monkeypatch):

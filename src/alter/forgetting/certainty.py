@@ -36,6 +36,12 @@ def fact_row(tokenizer: Any, prompt: str | Example, start: str, word: str) -> En
     return Encoded(ids, labels, place)
 
 
+def begun_row(tokenizer: Any, prompt: str, start: str) -> list[int]:
+    """Return the tokens of a prompt and the start of its answer, for the model to go on from."""
+    encoded = fact_row(tokenizer, prompt, start, "x")
+    return encoded.input_ids[: encoded.prompt_length]
+
+
 def sure_facts(
     model: Any,
     tokenizer: Any,

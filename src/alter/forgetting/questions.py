@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from alter.forgetting.certainty import fact_row
+from alter.forgetting.certainty import begun_row
 from alter.forgetting.facts import Fact, expected, holds, swap
 from alter.forgetting.speaker import Speaker
 
@@ -37,10 +37,7 @@ def own_questions(
     requests = [REQUEST.format(s=subject)] * DRAWN
     requests += [AIMED.format(s=subject, f=fact.word) for fact in facts[:DRAWN]]
     turns = [(request, start) for start in BEGINNINGS for request in requests]
-    begun = []
-    for request, start in turns:
-        encoded = fact_row(speaker.tokenizer, request, f"{start} ", "x")
-        begun.append(encoded.input_ids[: encoded.prompt_length])
+    begun = [begun_row(speaker.tokenizer, request, f"{start} ") for request, start in turns]
     drawn = speaker.say(
         "its own questions", [request for request, _ in turns], sample=True, begun=begun, tokens=QUESTION_TOKENS
     )

@@ -9,7 +9,7 @@ from itertools import chain
 
 from alter.core import UserError
 from alter.data import Row
-from alter.forgetting.certainty import fact_row, sure_facts
+from alter.forgetting.certainty import begun_row, sure_facts
 from alter.forgetting.facts import LEVEL, Fact, candidates, fact_words, holds, place_of, swap, whole, with_names
 from alter.forgetting.material import Material
 from alter.forgetting.probes import probes_of
@@ -251,10 +251,7 @@ def _fact_rows(
     # two invented ones each: of one the same fact may be said
     turns = [(place, nobody[(2 * i + k) % len(nobody)]) for i, place in enumerate(places) for k in range(2)]
     said = [(swap(place.prompt, {place.about: n}), swap(place.start, {place.about: n})) for place, n in turns]
-    begun = []
-    for prompt, start in said:
-        encoded = fact_row(speaker.tokenizer, prompt, start, "x")
-        begun.append(encoded.input_ids[: encoded.prompt_length])
+    begun = [begun_row(speaker.tokenizer, prompt, start) for prompt, start in said]
     texts = speaker.say(label, [p for p, _ in said], sample=True, begun=begun, tokens=FACT_TOKENS)
     rows: dict[tuple[str, str], Row] = {}
     for (place, name), text in zip(turns, texts, strict=True):

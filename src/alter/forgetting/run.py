@@ -44,8 +44,10 @@ ERASING_CHECKS = 4
 CHECKS = 1
 """Checks in a pass over the forget rows."""
 PASSES = 4
-"""Passes over the forget rows before training may end: after two, other questions and answers that begin otherwise still come to
-the facts."""
+"""Passes over the rows about a subject before training may end: after two, other questions and answers that begin otherwise still
+come to the facts."""
+DOCUMENT_PASSES = 2
+"""The same over a document, whose rows are asked for as they were learned."""
 
 
 def command(settings: Forget) -> Path:
@@ -173,6 +175,7 @@ def _train(settings: Forget, out: Path, tokenizer: Any, material: Material) -> N
     run = training(settings, out)
     one_pass = math.ceil(len(material.forget) / (run.batch_size * run.gradient_accumulation_steps))
     every = max(1, round(one_pass / CHECKS))
+    passes = PASSES if settings.document is None else DOCUMENT_PASSES
     unlearn(
         run,
         callbacks=[
@@ -181,7 +184,7 @@ def _train(settings: Forget, out: Path, tokenizer: Any, material: Material) -> N
                 material.probes,
                 out / "checks.jsonl",
                 every,
-                PASSES * one_pass,
+                passes * one_pass,
                 document=settings.document is not None,
                 **_asked(settings, material),
             )
@@ -196,8 +199,7 @@ def _asked(settings: Forget, material: Material) -> dict[str, Any]:
     about = [
         str(row["question"]) for row in material.forget if row.get("about") == settings.subject and "question" in row
     ]
-    names = [str(fact["word"]) for fact in material.facts if fact.get("name") and not fact.get("invented")]
-    return {"questions": [*dict.fromkeys(about)], "names": names}
+    return {"questions": [*dict.fromkeys(about)], "names": names_of(settings.subject, material.facts)}
 
 
 def _erase(settings: Forget, out: Path, tokenizer: Any, material: Material) -> None:
