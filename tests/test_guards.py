@@ -27,6 +27,7 @@ from alter.inference import internals, scoring
 from alter.inference.generation import generate, left_padded, sample
 from alter.methods import presets
 from alter.models import as_names, guards
+from alter.models.guards.corruption import word_ranks
 from alter.models.guards import Detector, Likeness, agents, mean_states, window_means
 from alter.models.guards.neurons import keys_of
 from alter.models.loading import load_model
@@ -518,6 +519,23 @@ def test_a_prompt_is_judged_with_its_words_as_names_too(side):
     assert model.decide(ids, mask, prompts).tolist() == [asked[0], 0, 0, 0, 0]
 
 
+def test_a_prompt_without_spaces_is_parted_into_words_of_the_tokenizer():
+    class Byte(type(byte_tokenizer())):
+        """One with tokens for some words, with the marks of a space of both kinds, and for what is no word."""
+
+        def get_vocab(self):
+            marked = {"Ġthe": 5, "ĠThe": 3, "▁what": 9, "Ġis": 4, "Ġt": 1, "Ġa": 2, "▁I": 6, "name": 7, "Ġna-me": 8}
+            return {**super().get_vocab(), **marked, "Ġname": 11, "Ġtш": 12}
+
+    tokenizer = byte_tokenizer()
+    tokenizer.__class__ = Byte
+    assert word_ranks(tokenizer) == {"the": 3, "what": 9, "is": 4, "a": 2, "i": 6, "name": 11}
+    wanted = tokenizer("What Is The Name What Is The Name").input_ids
+    # a byte each: without the spaces in front it would be too long
+    asked = tokenizer(" " * 20 + "whatisthenamewhatisthename").input_ids
+    assert as_names(tokenizer, asked)[-len(wanted) :] == wanted
+
+
 def test_a_prompt_with_its_words_as_names_keeps_its_special_tokens_and_its_length():
     tokenizer = byte_tokenizer()
     ids = [
@@ -534,6 +552,9 @@ def test_a_prompt_with_its_words_as_names_keeps_its_special_tokens_and_its_lengt
         """A tokenizer that has more tokens for them."""
 
         all_special_ids = ()
+
+        def get_vocab(self):
+            return {}
 
         def decode(self, ids):
             return "ADA KING"

@@ -154,3 +154,51 @@ def test_no_text_of_letters_is_without_words(text):
 )
 def test_words_as_names(text, expected):
     assert words.titled(text) == expected
+
+
+COMMON = "the of and is in what was name full author who wrote to her mother prof professional pen".split()
+RANKS = {word: place * 40 for place, word in enumerate(COMMON)}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("whatisthefullnameoftheauthor?", "What Is The Full Name Of The Author?"),
+        # a name that is no word of the list stays whole; what hangs together is counted before capitals part it
+        ("WHATISTHEFULLNAMEOFADAZYXQV", "What Is The Full Name Of Adazyxqv"),
+        ("whowroteAdaZyxqv'sthepen,andwho", "Who Wrote Ada Zyxqv's The Pen, And Who"),
+        # short or known words stay whole, however they could be parted
+        ("professional penisthe", "Professional Penisthe"),
+        ("professionalprofessional", "Professional Professional"),
+        ("ктонаписалэтукнигуирассказ", "Ктонаписалэтукнигуирассказ"),
+        ("a" * 19, "A" + "a" * 18),
+        ("_what_is_the_full_name_of_the_author", " What Is The Full Name Of The Author"),
+    ],
+)
+def test_words_that_are_written_together_as_names(text, expected):
+    assert words.titled(text, RANKS) == expected
+
+
+@pytest.mark.parametrize("letters", ["whatisthe", "Adaisthename", "zyxqv", "thethethe", "penprofwho", "x", ""])
+def test_letters_are_parted_into_the_cheapest_words(letters):
+    """Against all ways to part them."""
+    import itertools
+    import math
+
+    def cost(word):
+        rank = RANKS.get(word.lower())
+        return 6 + 2.75 * len(word) if rank is None else 1 + math.log(10 + rank)
+
+    ways = []
+    for cuts in itertools.product([False, True], repeat=max(len(letters) - 1, 0)):
+        way = [letters[:1]]
+        for letter, cut in zip(letters[1:], cuts, strict=True):
+            way = [*way, letter] if cut else [*way[:-1], way[-1] + letter]
+        ways.append([word for word in way if word])
+    found = words.parted(letters, RANKS)
+    assert "".join(found) == letters
+    assert sum(map(cost, found)) == pytest.approx(min(sum(map(cost, way)) for way in ways))
+
+
+def test_a_word_has_no_more_letters_than_the_longest():
+    assert max(map(len, words.parted("x" * 100, {}))) == words.LONGEST_WORD

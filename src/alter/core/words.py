@@ -9,9 +9,10 @@ sets no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese).
 from __future__ import annotations
 
 import functools
+import math
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
@@ -39,18 +40,29 @@ _BETWEEN = re.compile(r"(?<=[a-zß-öø-ÿα-ωа-я])(?=[A-ZÀ-ÖØ-ÞΑ-ΩА-�
 """Where words follow each other without a space, as their letters or a sign tell."""
 
 
-def titled(text: str) -> str:
+JOINED = 20
+"""Latin letters without a space from which words are taken to be written together."""
+PART = 6
+"""Fewest letters in a row that are parted there."""
+LONGEST_WORD = 20
+"""Letters of a word at most."""
+
+
+def titled(text: str, ranks: Mapping[str, int] | None = None) -> str:
     """Return a text as if every word in it were a name, however it was typed: a capital first, small letters after it.
 
     "WHO WAS ada_king's mother?" becomes "Who Was Ada King's Mother?". Other forms of letters are what they stand for (NFKC), and
     what shows nothing (a soft hyphen, a joiner of no width) is left out. "AdaKing", "A d a King" and "A.d.a King" become
     "Ada King" as well; Latin letters lose their accents, and in a word that has Latin letters those of other alphabets that look
-    like them are Latin.
+    like them are Latin. With the `ranks` of words (see `parted`) `JOINED` Latin letters and more without a space are parted into words.
     """
     plain = unicodedata.normalize("NFKC", text).replace("_", " ")
     plain = "".join(character for character in plain if unicodedata.category(character) != "Cf")
     plain = re.sub(rf"[\w{MARKS}]+", lambda word: _latin(word[0]), plain)
-    plain = _BETWEEN.sub(" ", _SINGLE.sub(lambda run: run[0][::2], plain))
+    plain = _SINGLE.sub(lambda run: run[0][::2], plain)
+    if ranks:
+        plain = re.sub(r"\S+", lambda run: _apart(run[0], ranks), plain)
+    plain = _BETWEEN.sub(" ", plain)
     plain = re.sub(r"(?<=\S) {2,}(?=\S)", " ", plain)
 
     def name(word: re.Match[str]) -> str:
@@ -58,6 +70,44 @@ def titled(text: str) -> str:
         return word[0].lower() if ending else word[0].capitalize()
 
     return re.sub(r"\w+", name, plain)
+
+
+def _apart(run: str, ranks: Mapping[str, int]) -> str:
+    """Return what stands without a space with spaces between its words, if it has many letters."""
+    if len(re.findall("[A-Za-z]", run)) < JOINED:
+        return run
+    run = re.sub(r"(?<=['’]s)(?=[A-Za-z])", " ", _BETWEEN.sub(" ", run))
+    return re.sub(rf"[A-Za-z]{{{PART},}}", lambda letters: " ".join(parted(letters[0], ranks)), run)
+
+
+def parted(letters: str, ranks: Mapping[str, int]) -> list[str]:
+    """Split letters that are written without spaces into the likeliest words.
+
+    A word costs 1 + ln(10 + rank), since words are about as common as their rank tells; n letters that are no word cost 6 + 2.75 n.
+    Of the words of 60 questions of TOFU that SmolLM2's tokens part, 90 % of the boundaries are found (F1).
+
+    Args:
+        letters: Latin, in any case.
+        ranks: of words in small letters, from the most common one on.
+    """
+    low = letters.lower()
+    best = [0.0]
+    begins = [0]
+    for end in range(1, len(low) + 1):
+        tried = []
+        for start in range(max(0, end - LONGEST_WORD), end):
+            rank = ranks.get(low[start:end])
+            unknown = 6 + 2.75 * (end - start)
+            tried.append((best[start] + (unknown if rank is None else 1 + math.log(10 + rank)), start))
+        cost, start = min(tried)
+        best.append(cost)
+        begins.append(start)
+    words = []
+    end = len(low)
+    while end:
+        words.append(letters[begins[end] : end])
+        end = begins[end]
+    return words[::-1]
 
 
 def _latin(word: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from alter.models.guards.likeness import window_means
 
 CLASSIFIER = "classifier.safetensors"
 """File of a guard's folder with the classifier's weights."""
+SPACES = ("Ġ", "▁")
+"""Marks of the space before a token, of byte-level and of SentencePiece tokenizers."""
 
 
 def after_block(model: Any, number: int) -> Depth:
@@ -67,17 +71,33 @@ class PromptClassifier:
         return torch.stack([torch.sigmoid((mean @ weight.to(mean) + bias.to(mean)).max()) for mean in means])
 
 
+@functools.lru_cache(maxsize=4)
+def word_ranks(tokenizer: Any) -> dict[str, int]:
+    """Return the Latin words that a tokenizer has a token for, in small letters, with the first one's number: common ones come first.
+
+    A word's token begins with the mark of a space; of single letters only "a" and "i" are words.
+    """
+    found: dict[str, int] = {}
+    for token, number in tokenizer.get_vocab().items():
+        word = token[1:].lower()
+        if token[:1] in SPACES and re.fullmatch("[a-z]{2,}|[ai]", word):
+            found[word] = min(number, found.get(word, number))
+    return found
+
+
 def as_names(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
     """Return a prompt, as tokens, with every word written like a name (`titled`); its special tokens stay.
 
-    In capitals, in small letters alone or with underscores a text falls apart into other tokens, which a classifier of names
-    as they are written does not know.
+    In capitals, in small letters alone, with underscores or without spaces a text falls apart into other tokens, which a classifier
+    of names as they are written does not know.
     """
-    special = set(tokenizer.all_special_ids)
+    special, ranks = set(tokenizer.all_special_ids), word_ranks(tokenizer)
     found: list[int] = []
     for apart, tokens in itertools.groupby(prompt, special.__contains__):
         own = list(tokens)
-        found += own if apart else tokenizer(titled(tokenizer.decode(own)), add_special_tokens=False)["input_ids"]
+        found += (
+            own if apart else tokenizer(titled(tokenizer.decode(own), ranks), add_special_tokens=False)["input_ids"]
+        )
     # not longer than what fits into the context, and a question stands at the end
     return found[-len(prompt) :]
 
