@@ -27,8 +27,8 @@ from alter.inference import internals, scoring
 from alter.inference.generation import generate, left_padded, sample
 from alter.methods import presets
 from alter.models import as_names, guards
-from alter.models.guards.corruption import word_ranks
 from alter.models.guards import Detector, Likeness, agents, mean_states, window_means
+from alter.models.guards.corruption import word_ranks
 from alter.models.guards.neurons import keys_of
 from alter.models.loading import load_model
 from alter.serving.engine import Engine

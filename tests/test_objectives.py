@@ -519,8 +519,25 @@ def test_answers_in_the_alternative_are_what_counts():
     for only_low in (True, False):
         beaten = [naive_stopped_hinge(rows[i], labels[i], 0.0) for i in range(13) if not (only_low and batch.high[i])]
         expected = loss_of(CrossEntropy(), other).item() + 0.7 * sum(beaten) / len(beaten)
-        found = loss_of(Substitute(hinge=0.7, only_low=only_low), replace(batch, alternative=other)).item()
+        objective = Substitute(hinge=0.7, only_low=only_low)
+        found = loss_of(objective, replace(batch, alternative=other)).item()
         assert found == pytest.approx(expected, abs=1e-12)
+        assert not objective.needs.asked
+        # what its prompt says as well is no secret
+        asked = torch.arange(13) % 3 == 0
+        sparing = objective.model_copy(update={"spare": True})
+        assert sparing.needs.asked
+        spared = [
+            naive_stopped_hinge(rows[i], labels[i], 0.0)
+            for i in range(13)
+            if not asked[i] and not (only_low and batch.high[i])
+        ]
+        of_all = replace(labelled(objective, replace(batch, alternative=other)), asked=asked)
+        expected = loss_of(CrossEntropy(), other).item() + 0.7 * sum(spared) / len(spared)
+        assert sparing(of_all).item() == pytest.approx(expected, abs=1e-12)
+        # all of it said: the substitute alone counts
+        said = sparing(replace(of_all, asked=torch.ones(13, dtype=torch.bool)))
+        assert said.item() == pytest.approx(loss_of(CrossEntropy(), other).item(), abs=1e-12)
 
 
 @pytest.mark.parametrize(

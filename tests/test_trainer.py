@@ -190,6 +190,40 @@ def test_gradients_equal_those_of_separate_passes(data, tmp_path, monkeypatch):
     assert seen
 
 
+def test_tokens_that_a_rows_prompt_has_are_told_apart(data, tmp_path, monkeypatch):
+    """Against a loop over the batch; an objective that does not ask is not told."""
+    forget = [json.loads(line) for line in (data / "forget.jsonl").read_text().splitlines()]
+    write_jsonl(tmp_path / "forget.jsonl", [{**row, "substitute": "Nobody knows."} for row in forget])
+    real, told = loss.UnlearnTrainer._labelled, []
+
+    def look(self, name, batch, places, values, states):
+        found = real(self, name, batch, places, values, states)
+        if name == "forget":
+            told.append((batch, found.asked))
+        else:
+            assert found.asked is None
+        return found
+
+    monkeypatch.setattr(loss.UnlearnTrainer, "_labelled", look)
+    given = dict(epochs=1, forget=str(tmp_path / "forget.jsonl"))
+    unlearn(settings(data, tmp_path / "told", objective={"kind": "substitute", "spare": True}, **given))
+    assert told
+    for batch, asked in told:
+        expected = []
+        for row, number in enumerate(batch.branch.tolist()):
+            if number == 0:
+                ids, labels, real_ = (t[row].tolist() for t in (batch.input_ids, batch.labels, batch.attention_mask))
+                prompt = {i for i, label, there in zip(ids, labels, real_, strict=True) if label == -100 and there}
+                expected += [label in prompt for label in labels[1:] if label != -100]
+        assert asked.tolist() == expected
+        assert True in expected
+        assert False in expected
+    told.clear()
+    unlearn(settings(data, tmp_path / "untold", objective={"kind": "substitute"}, **given))
+    assert told
+    assert all(asked is None for _, asked in told)
+
+
 def test_only_high_entropy_tokens_may_move_the_shared_matrix(data, tmp_path, monkeypatch):
     masks = []
     real = loss.Routing

@@ -156,7 +156,26 @@ def test_words_as_names(text, expected):
     assert words.titled(text) == expected
 
 
-COMMON = "the of and is in what was name full author who wrote to her mother prof professional pen".split()
+COMMON = [
+    "the",
+    "of",
+    "and",
+    "is",
+    "in",
+    "what",
+    "was",
+    "name",
+    "full",
+    "author",
+    "who",
+    "wrote",
+    "to",
+    "her",
+    "mother",
+    "prof",
+    "professional",
+    "pen",
+]
 RANKS = {word: place * 40 for place, word in enumerate(COMMON)}
 
 

@@ -78,6 +78,15 @@ class Places:
         branch = batch.branch[:, None].expand_as(positions)[positions]
         return cls(positions, truth, of_high, branch, torch.bincount(branch, minlength=len(BRANCHES)).tolist())
 
+    def asked(self, batch: Batch) -> Tensor:
+        """Tell which tokens [n] stand in their row's prompt as well."""
+        row = torch.arange(len(batch.labels), device=batch.labels.device)[:, None].expand_as(batch.labels)
+        prompt = batch.attention_mask.bool() & (batch.labels < 0)
+        # a number for each token of each row
+        said = row * batch.input_ids.max() + row + batch.input_ids
+        own = said[:, 1:][self.positions[:, :-1]]
+        return torch.isin(own, said[prompt])
+
     def truth_of(self, branch: str) -> Tensor:
         """Return the labels of a branch, and those of the branches after it."""
         return self.truth[sum(self.counts[: BRANCHES.index(branch)]) :]
@@ -265,6 +274,7 @@ class UnlearnTrainer(Trainer):
             known.base_logp,
             self._labelled("alternative", batch, places, values, states) if name == "forget" else None,
             hidden,
+            places.asked(batch)[mask] if name == "forget" and self.run.objective.needs.asked else None,
         )
 
     def _structure_alone(self, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:

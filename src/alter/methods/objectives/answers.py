@@ -82,19 +82,25 @@ class Substitute(Objective):
 
     Mean negative log-likelihood of the substitute + `hinge` times the mean over low-entropy tokens of the row's own answer
     of max(0, p(y) - max_{v != y} p(v)). `alter forget` writes rows with that column: what the model says of an invented
-    subject.
+    subject. With `spare` the hinge leaves out tokens that the row's prompt has as well, such as the subject's name: they tell
+    nothing, and the substitute has them too, so one term would make less likely what the other one makes more likely.
     """
 
     kind: Literal["substitute"] = "substitute"
     hinge: float = Field(1.0, ge=0.0, description="Weight of the stopped hinge on the answer itself.")
     only_low: bool = Field(True, description="Count low-entropy tokens of the answer only.")
+    spare: bool = Field(False, description="Leave tokens of the answer that its prompt has as well out of the hinge.")
 
     @property
     def needs(self) -> Needs:
-        return Needs(runner_up=True, alternative="substitute", entropy=self.only_low)
+        return Needs(runner_up=True, alternative="substitute", entropy=self.only_low, asked=self.spare)
 
     def __call__(self, tokens: Labelled) -> Tensor:
-        return learn_alternative(tokens) + self.hinge * tokens.mean(self.only_low)
+        left_out = tokens.high & self.only_low
+        if self.spare:
+            assert tokens.asked is not None
+            left_out = left_out | tokens.asked
+        return learn_alternative(tokens) + self.hinge * mean_or_zero(tokens.values[~left_out])
 
     def per_token(self, emitted: Emitted) -> Tensor:
         true, other = true_and_runner_up(emitted)

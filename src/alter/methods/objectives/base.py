@@ -58,6 +58,7 @@ class Needs:
         instruction: what the view "instructed" says before each row.
         concept: what the personas of the views "expert" and "novice" know all or nothing about.
         prompts: every token of a retain row is labelled, those of its prompt too.
+        asked: which tokens of forget rows stand in their row's prompt as well.
         entropy: the tokens' entropies tell high from low ones (`Labelled.high`), which needs an adapter that routes.
         depth: hidden states at the block nearest to this share of the model's depth.
         base_hidden: those of the base as well, computed once.
@@ -78,6 +79,7 @@ class Needs:
     instruction: str | None = None
     concept: str | None = None
     prompts: bool = False
+    asked: bool = False
     entropy: bool = False
     depth: float | None = None
     base_hidden: bool = False

@@ -160,6 +160,7 @@ class Labelled:
         alternative: the same rows with other answers or labels, if the objective declared `alternative`; the values are
             negative log-likelihoods.
         hidden: hidden states of all real tokens, prompts included, if the objective declared a `depth`.
+        asked: [n] bool, whether the token stands in its row's prompt as well; of forget rows, if the objective declared it.
     """
 
     values: Tensor
@@ -169,6 +170,7 @@ class Labelled:
     base_logp: Tensor | None = None
     alternative: Labelled | None = None
     hidden: Hidden | None = None
+    asked: Tensor | None = None
 
     def mean(self, only_low: bool = False) -> Tensor:
         """Return the mean of the values, over low-entropy tokens only if asked for."""
