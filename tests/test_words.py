@@ -190,6 +190,7 @@ RANKS = {word: place * 40 for place, word in enumerate(COMMON)}
         ("professional penisthe", "Professional Penisthe"),
         ("professionalprofessional", "Professional Professional"),
         ("ктонаписалэтукнигуирассказ", "Ктонаписалэтукнигуирассказ"),
+        ("whatisthefullname,tothe", "What Is The Full Name, Tothe"),
         ("a" * 19, "A" + "a" * 18),
         ("_what_is_the_full_name_of_the_author", " What Is The Full Name Of The Author"),
     ],
