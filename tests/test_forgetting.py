@@ -689,15 +689,17 @@ def test_training_ends_where_hardly_a_fact_is_known(real, step, stops, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("answers", "said", "stops"),
+    ("answers", "still", "said", "stops"),
     [
-        (["By nobody."] * 20, 0, True),
-        # a name that the question itself has is no leak, and one of twenty may be
-        (["Zorba of Pot."] + ["Pot."] * 19, 1, True),
-        (["Zorba."] * 2 + ["Lyra, Pot."] * 18, 2, False),
+        (["By nobody."] * 20, 0.1, 0, True),
+        # a name that the question itself has is no leak
+        (["Lyra, Pot."] * 20, 0.1, 0, True),
+        (["Zorba of Pot."] + ["Pot."] * 19, 0.1, 1, False),
+        (["Zorba of Pot."] + ["Pot."] * 19, 0.11, 1, True),
+        (["Zorba."] * 2 + ["Lyra, Pot."] * 18, 0.11, 2, False),
     ],
 )
-def test_training_goes_on_while_its_questions_are_answered(answers, said, stops, tmp_path, monkeypatch):
+def test_training_goes_on_while_its_questions_are_answered(answers, still, said, stops, tmp_path, monkeypatch):
     asked = [f"Who is {k} of Pot, Lyra?" for k in range(20)]
     watcher = stopping.UntilZero(
         byte_tokenizer(),
@@ -711,7 +713,7 @@ def test_training_goes_on_while_its_questions_are_answered(answers, said, stops,
     monkeypatch.setattr(
         stopping, "against_zero", lambda *_, **k: zero_of([known[0]] * 20, [[-5.0] * 3] * 20, range(20))
     )
-    monkeypatch.setattr(stopping, "STILL", 0.1)
+    monkeypatch.setattr(stopping, "STILL", still)
     given = []
     monkeypatch.setattr(stopping, "generate", lambda model, tokenizer, ids, **k: given.append((ids, k)) or answers)
     watcher.probes = [{"logprob": -0.1}] * 20

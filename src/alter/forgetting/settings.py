@@ -16,7 +16,7 @@ from alter.settings import BatchSize, OutFolder, Passes, Rows, Seed, Steps, Toke
 from alter.training import ReportTo
 
 TRAINING: dict[str, Any] = {
-    "objective": {"kind": "substitute", "hinge": 1.0},
+    "objective": {"kind": "substitute", "hinge": 1.0, "spare": True},
     # what is not routed to the expert is exactly the untouched model
     "experts_only": True,
     "retain_objective": {"kind": "none"},

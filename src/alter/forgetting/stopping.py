@@ -35,7 +35,8 @@ class UntilZero(TrainerCallback):
     `LOOKED` probes with `TWINS` invented names each; the final table counts all. The state of random number generators is restored after a check.
 
     All this is read behind the untouched model's own words, and an answer that begins otherwise may still come to a fact. So where it
-    would end, the `questions` are asked as well, and training goes on while more than half of `STILL` of the answers name one of `names`.
+    would end, the `questions` are asked as well, and training goes on unless less than half of `STILL` of the answers name one of
+    `names`: of twenty, none.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class UntilZero(TrainerCallback):
         told = ""
         if done and self.questions:
             check["said"], check["asked"] = self._said(inner), len(self.questions)
-            done = check["said"] <= STILL / 2 * check["asked"]
+            done = check["said"] < STILL / 2 * check["asked"]
             told = f", {check['said']} of {check['asked']} questions answered with one"
         self.checks.append({**check, "done": done})
         write_jsonl(self.path, self.checks)
