@@ -103,6 +103,18 @@ def test_types_that_no_run_trains_say_why(data, tmp_path, name):
         settings(data, tmp_path / "r", {"peft_type": name.lower()})
 
 
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [(name, "out of the base") for name in ("pissa", "PiSSA_niter_4", "olora", "corda", "loftq")]
+    + [(name, "plain LoRA under another name") for name in ("eva", "EVA", "lora_ga")],
+)
+def test_starts_that_change_the_base_or_need_rows_are_refused(data, tmp_path, start, says):
+    """Without the adapter of PiSSA the model is a rest of its own, so that references were of another model."""
+    with pytest.raises(ValueError, match=says):
+        settings(data, tmp_path / "r", {"peft_type": "LORA", "init_lora_weights": start})
+    settings(data, tmp_path / "r", {"peft_type": "LORA", "init_lora_weights": "gaussian"})
+
+
 def test_every_type_of_peft_trains_or_says_why_not():
     prompts = {str(n.value) for n, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(c, PromptLearningConfig)}
     known = {str(name.value) for name in PEFT_TYPE_TO_CONFIG_MAPPING}

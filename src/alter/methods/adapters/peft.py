@@ -20,6 +20,11 @@ CANNOT = {
 }
 """Types that no run here can train, and why."""
 
+MOVES = ("pissa", "olora", "corda", "loftq")
+"""Starts of LoRA (or what they begin with) that take what the adapter begins with out of the base."""
+FROM_DATA = ("eva", "lora_ga")
+"""Starts of LoRA that PEFT computes of rows which nobody gives it here; it then begins at random, as plain LoRA does."""
+
 OWN_PLACES = ("SHADOW", "TRAINABLE_TOKENS")
 """Types that do not go on linear layers, and find their modules themselves."""
 
@@ -60,6 +65,7 @@ class PeftAdapter(Adapter):
             raise ValueError(
                 f"config.{unknown} is no setting of PEFT's {known[name].__name__}.{nearest(unknown, names)}"
             )
+        _check_start(given.get("init_lora_weights"))
         return {**given, "peft_type": name}
 
     def attach(self, model: Any, run: Settings, beginning: Beginning) -> Any:
@@ -85,3 +91,23 @@ class PeftAdapter(Adapter):
                 f"PEFT refuses `adapter.config` for this model: {str(error).splitlines()[0]}. See the documentation of its "
                 f"{made.__name__}."
             ) from error
+
+
+def _check_start(start: Any) -> None:
+    """Refuse starts of LoRA under which the model without the adapter is not the one before unlearning, or that would be others.
+
+    Raises:
+        ValueError: such a start.
+    """
+    name = str(start).lower()
+    if name.startswith(MOVES):
+        raise ValueError(
+            f"config.init_lora_weights is {start}, which takes the adapter's start out of the base's weights: without the adapter the model "
+            "would not be the one from before unlearning, which references are computed with. Leave it out, or take `adapter.kind` lora with "
+            "an `initializer`, which keeps the base whole"
+        )
+    if name in FROM_DATA:
+        raise ValueError(
+            f"config.init_lora_weights is {start}, which PEFT computes of rows in a pass of its own that is not made here: it would be plain "
+            "LoRA under another name. Leave it out, or take `adapter.kind` lora with an `initializer`"
+        )
