@@ -208,6 +208,47 @@ class Batch:
         return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
 
+@dataclass(frozen=True)
+class Places:
+    """Positions of a batch's n labelled tokens, of the branches whose objective reads the head.
+
+    Attributes:
+        positions: [B, T] bool, the position before each token: its distribution gives the token.
+        truth: [n] long, the tokens.
+        high: [n] bool, whether each has high entropy: that of the step that generated it.
+        branch: [n] long, places in `BRANCHES`.
+        counts: tokens of each branch; they come branch after branch.
+    """
+
+    positions: Tensor
+    truth: Tensor
+    high: Tensor
+    branch: Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, batch: Batch, high: Tensor, wanted: Sequence[bool]) -> Places:
+        """Return the places in a batch with high-entropy tokens [B, T], for the branches asked for."""
+        asked = torch.tensor(wanted, device=batch.labels.device)
+        positions = frozen.labelled(batch.labels) & asked[batch.branch][:, None]
+        truth, of_high = (values[:, 1:][positions[:, :-1]] for values in (batch.labels, high))
+        branch = batch.branch[:, None].expand_as(positions)[positions]
+        return cls(positions, truth, of_high, branch, torch.bincount(branch, minlength=len(BRANCHES)).tolist())
+
+    def asked(self, batch: Batch) -> Tensor:
+        """Tell which tokens [n] stand in their row's prompt as well."""
+        row = torch.arange(len(batch.labels), device=batch.labels.device)[:, None].expand_as(batch.labels)
+        prompt = batch.attention_mask.bool() & (batch.labels < 0)
+        # a number for each token of each row
+        said = row * batch.input_ids.max() + row + batch.input_ids
+        own = said[:, 1:][self.positions[:, :-1]]
+        return torch.isin(own, said[prompt])
+
+    def truth_of(self, branch: str) -> Tensor:
+        """Return the labels of a branch, and those of the branches after it."""
+        return self.truth[sum(self.counts[: BRANCHES.index(branch)]) :]
+
+
 class PairCollator:
     """Collate the pairs of a step into one `Batch`.
 

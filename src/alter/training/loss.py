@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from transformers.trainer_callback import ExportableState
 
 from alter.adapter import Routing
 from alter.core import UserError, processes
-from alter.groundwork import frozen
 from alter.logits import Depth, Part, measuring, states_of
 from alter.methods import Codes, Emitted, GradientRule, Hidden, Labelled, Objective, Penalty, mean_or_zero
 from alter.models import autocasts
 from alter.storage import write_atomic
 from alter.training.arguments import trainer_arguments
-from alter.training.batches import Batch
+from alter.training.batches import Batch, Places
 from alter.training.folder import GRADIENT, seal_checkpoint
 from alter.training.settings import BRANCHES, OPTIMIZERS, Unlearn, batches_of_step, branch_needs, steps_of, warmup_of
 from alter.training.trunk import Trunk
@@ -49,47 +47,6 @@ class OwnState(TrainerCallback, ExportableState):
     def weigh(self, objective: Objective, loss: float, epochs: float) -> float:
         """Return the factor that the objective gives a batch with this loss (`Objective.weigh`)."""
         return objective.weigh(loss, epochs, self.kept)
-
-
-@dataclass(frozen=True)
-class Places:
-    """Positions of a batch's n labelled tokens, of the branches whose objective reads the head.
-
-    Attributes:
-        positions: [B, T] bool, the position before each token: its distribution gives the token.
-        truth: [n] long, the tokens.
-        high: [n] bool, whether each has high entropy: that of the step that generated it.
-        branch: [n] long, places in `BRANCHES`.
-        counts: tokens of each branch; they come branch after branch.
-    """
-
-    positions: Tensor
-    truth: Tensor
-    high: Tensor
-    branch: Tensor
-    counts: list[int]
-
-    @classmethod
-    def of(cls, batch: Batch, high: Tensor, wanted: Sequence[bool]) -> Places:
-        """Return the places in a batch with high-entropy tokens [B, T], for the branches asked for."""
-        asked = torch.tensor(wanted, device=batch.labels.device)
-        positions = frozen.labelled(batch.labels) & asked[batch.branch][:, None]
-        truth, of_high = (values[:, 1:][positions[:, :-1]] for values in (batch.labels, high))
-        branch = batch.branch[:, None].expand_as(positions)[positions]
-        return cls(positions, truth, of_high, branch, torch.bincount(branch, minlength=len(BRANCHES)).tolist())
-
-    def asked(self, batch: Batch) -> Tensor:
-        """Tell which tokens [n] stand in their row's prompt as well."""
-        row = torch.arange(len(batch.labels), device=batch.labels.device)[:, None].expand_as(batch.labels)
-        prompt = batch.attention_mask.bool() & (batch.labels < 0)
-        # a number for each token of each row
-        said = row * batch.input_ids.max() + row + batch.input_ids
-        own = said[:, 1:][self.positions[:, :-1]]
-        return torch.isin(own, said[prompt])
-
-    def truth_of(self, branch: str) -> Tensor:
-        """Return the labels of a branch, and those of the branches after it."""
-        return self.truth[sum(self.counts[: BRANCHES.index(branch)]) :]
 
 
 class Split:
