@@ -524,7 +524,7 @@ def test_a_prompt_without_spaces_is_parted_into_words_of_the_tokenizer():
         """One with tokens for some words, with the marks of a space of both kinds, and for what is no word."""
 
         def get_vocab(self):
-            marked = {"Ġthe": 5, "ĠThe": 3, "▁what": 9, "Ġis": 4, "Ġt": 1, "Ġa": 2, "▁I": 6, "name": 7, "Ġna-me": 8}
+            marked = {"ĠThe": 3, "Ġthe": 5, "▁what": 9, "Ġis": 4, "Ġt": 1, "Ġa": 2, "▁I": 6, "name": 7, "Ġna-me": 8}
             return {**super().get_vocab(), **marked, "Ġname": 11, "Ġtш": 12}
 
     tokenizer = byte_tokenizer()

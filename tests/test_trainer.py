@@ -23,7 +23,7 @@ from alter.logits import entropy
 from alter.methods import objectives
 from alter.methods.adapters import Beginning
 from alter.training import arguments, folder, loss, saving
-from alter.training.batches import Batch, schedule
+from alter.training.batches import Batch, Places, schedule
 from alter.training.run import unlearn
 from alter.training.settings import Unlearn
 from pico import byte_tokenizer, pico, run_on, save_pico, write_jsonl, write_people
@@ -188,6 +188,16 @@ def test_gradients_equal_those_of_separate_passes(data, tmp_path, monkeypatch):
     monkeypatch.setattr(loss.UnlearnTrainer, "compute_loss", compare)
     unlearn(run)
     assert seen
+
+
+def test_a_token_of_another_rows_prompt_is_not_asked_for():
+    ids = torch.tensor([[3, 4, 5, 3, 6], [5, 6, 5, 3, 0]])
+    labels = torch.tensor([[-100, -100, 5, 3, 6], [-100, -100, 5, 3, -100]])
+    real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    batch = Batch(ids, real, labels, torch.ones(2), torch.zeros(2, dtype=torch.long))
+    places = Places.of(batch, torch.zeros_like(ids, dtype=torch.bool), [True, True, True])
+    assert places.truth.tolist() == [5, 3, 6, 5, 3]
+    assert places.asked(batch).tolist() == [False, True, False, True, False]
 
 
 def test_tokens_that_a_rows_prompt_has_are_told_apart(data, tmp_path, monkeypatch):

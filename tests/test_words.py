@@ -191,6 +191,11 @@ RANKS = {word: place * 40 for place, word in enumerate(COMMON)}
         ("professionalprofessional", "Professional Professional"),
         ("ктонаписалэтукнигуирассказ", "Ктонаписалэтукнигуирассказ"),
         ("whatisthefullname,tothe", "What Is The Full Name, Tothe"),
+        ("whatisthefullname,Ada'spen", "What Is The Full Name, Ada's Pen"),
+        # a capital begins a word, whatever the letters would make
+        ("whatisthefullnametHer", "What Is The Full Name T Her"),
+        # twenty letters
+        ("whatisthenameoftheto", "What Is The Name Of The To"),
         ("a" * 19, "A" + "a" * 18),
         ("_what_is_the_full_name_of_the_author", " What Is The Full Name Of The Author"),
     ],
@@ -218,6 +223,12 @@ def test_letters_are_parted_into_the_cheapest_words(letters):
     found = words.parted(letters, RANKS)
     assert "".join(found) == letters
     assert sum(map(cost, found)) == pytest.approx(min(sum(map(cost, way)) for way in ways))
+
+
+def test_a_rare_word_inside_a_name_is_none():
+    # 2 (6 + 5.5) + 1 + ln 1010 is 30.92, the whole 6 + 24.75
+    assert words.parted("zqtherezq", {"there": 1000}) == ["zqtherezq"]
+    assert words.parted("zqtherezq", {"there": 800}) == ["zq", "there", "zq"]
 
 
 def test_a_word_has_no_more_letters_than_the_longest():
