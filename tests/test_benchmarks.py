@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,11 @@ from pico import byte_tokenizer, pico, write_jsonl
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-attention, decode, equality, evaluation, gguf_probes, loss, plot, results, router_blocks, sharing, step = map(
+attention, by_hand, decode, equality, evaluation, gguf_probes, loss, plot, results, router_blocks, sharing, step = map(
     importlib.import_module,
     (
         "attention",
+        "by_hand",
         "decode",
         "equality",
         "evaluation",
@@ -461,3 +463,23 @@ def test_equality_knows_records_by_their_names(tmp_path):
 def test_equality_counts_a_job_that_fails_as_a_difference(tmp_path):
     for status in ([{"npo": [2]}, {"npo": [2]}], [{"npo": [0]}, {}], [{}, {"npo": [0]}]):
         assert len(equality.compare("npo", tmp_path, tmp_path, status).differences) == 1
+
+
+def test_questions_by_hand_count_what_the_untouched_model_answered(monkeypatch, capsys):
+    for subject, questions in by_hand.QUESTIONS.items():
+        # who repeats the question has not answered it
+        assert not [question for question, pattern in questions.items() if re.search(pattern, question)], subject
+    asked = {"Who?": "Ada", "Where?": "Oslo|Rome", "When?": "1843"}
+    monkeypatch.setattr(by_hand, "QUESTIONS", {"Ada": asked})
+    monkeypatch.setattr(by_hand, "load_model", lambda model, adapter, dtype, device: (adapter, byte_tokenizer()))
+    said = {None: ["Ada.", "In Oslo.", "Never."], "a": ["Ada", "Paris", "1843"], "b": ["ada", "In\nRome", "no"]}
+    monkeypatch.setattr(by_hand, "generate", lambda model, tokenizer, ids, **given: said[model])
+    monkeypatch.setattr(sys, "argv", ["by_hand.py", "Ada", "a", "b"])
+    by_hand.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "builtin:smollm2: 2 of 3 answered",
+        "a: 1 of these 2 still answered, 1 others",
+        *("! Who? Ada", "  Where? Paris", "! When? 1843"),
+        "b: 1 of these 2 still answered, 0 others",
+        *("  Who? ada", "! Where? In Rome", "  When? no"),
+    ]
